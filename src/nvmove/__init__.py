@@ -1,0 +1,1 @@
+"""NVMe disks for QEMU virtual machines that can be saved, moved and paused."""

@@ -1,0 +1,79 @@
+"""The seam between the vfio-user session and the device it serves.
+
+All of it is called on the control thread: none of it may wait for I/O, for QEMU or for a lock that is held during I/O.
+What takes longer answers later, through the callback it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """A region as VFIO_USER_DEVICE_GET_REGION_INFO describes it: size in bytes, 0 when absent."""
+
+    size: int = 0
+    readable: bool = False
+    writable: bool = False
+
+
+class Client(Protocol):
+    """The connected client (QEMU), as the device sees it. All of these wait, so they are never for the control thread.
+
+    They raise `nvmove.nvme.seams.DmaError` when the client refuses or is gone.
+    """
+
+    def dma_read(self, address: int, length: int) -> bytes:
+        """Read guest memory through the client (VFIO_USER_DMA_READ), in pieces as it allows."""
+
+    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write guest memory through the client (VFIO_USER_DMA_WRITE); on return the client has written it."""
+
+
+class Device(Protocol):
+    """A PCI function as vfio-user sees it."""
+
+    regions: Sequence[RegionInfo]
+    """By VFIO PCI region index: BAR0…BAR5, ROM, config space, VGA."""
+    irq_counts: Sequence[int]
+    """By VFIO PCI IRQ index: INTx, MSI, MSI-X, error, request."""
+
+    def attach(self, client: Client) -> None:
+        """A client is connected and has negotiated a version."""
+
+    def detach(self, done: Callable[[], None]) -> None:
+        """The client is gone. Its memory is unmapped and its eventfds closed; `done` when no I/O touches them."""
+
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """Return exactly `count` bytes; the session has checked the range against `regions`."""
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """Store into a region; the session has checked the range."""
+
+    def map_dma(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
+        """Guest memory appears; takes `fd` over. Raises OSError (the errno goes to the client): overlaps are EEXIST."""
+
+    def unmap_dma(self, address: int, size: int, unmap_all: bool, done: Callable[[int], None]) -> None:
+        """Guest memory goes away; `done(errno)` when no I/O under way touches it any more."""
+
+    def set_irqs(self, index: int, start: int, count: int, action: IrqAction) -> None:
+        """Change interrupts `start`…`start + count - 1` of IRQ `index`; takes the action's fds over. Raises OSError."""
+
+    def reset(self, done: Callable[[], None]) -> None:
+        """Function-level reset; `done` when nothing started before it can touch guest memory any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class IrqAction:
+    """One VFIO_USER_DEVICE_SET_IRQS: what (`trigger`, `mask`, `unmask`), and its data."""
+
+    what: str
+    fds: tuple[int, ...] = ()
+    """Eventfds, one a vector, or none: the vectors lose theirs (or with `fire`, are triggered now)."""
+    fire: tuple[bool, ...] = ()
+    """DATA_BOOL, or DATA_NONE with a count: trigger, mask or unmask these vectors now."""
+    disable: bool = False
+    """DATA_NONE with count 0: the whole index is switched off."""

@@ -1,0 +1,1 @@
+"""`nvmove run`: QEMU's arguments, QEMU's process, its monitor, snapshots."""
