@@ -1,0 +1,122 @@
+"""Fixtures of the guest tests. Each machine must leave nothing: no process, socket, file or mount."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from nvmove.lab.leftovers import Surroundings
+from nvmove.lab.machine import Machine, nvmove_command
+from nvmove.lab.processes import marked, wait_gone
+from nvmove.lab.sysroot import Sysroot, find_sysroot
+
+MachineFactory = Callable[..., Machine]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this directory boots guests: mark it, and give it minutes."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.guest)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(scope="session")
+def tree() -> Sysroot:
+    """The sysroot, by its parts."""
+    return find_sysroot()
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory with a short name (socket paths have 107 bytes), removed at the end."""
+    path = Path(tempfile.mkdtemp(prefix="nvmove-t-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def clean_machine(tree: Sysroot, front: list[str], path: Path, memory: str = "512M") -> Iterator[Machine]:
+    """A machine. When the test has left it running it is killed; what it then leaves must be nothing that runs."""
+    machine = Machine(path, tree, front, memory)
+    try:
+        yield machine
+    finally:
+        machine.kill()
+    assert marked(machine.mark) == []
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A directory for one test."""
+    with directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def module_work() -> Iterator[Path]:
+    """A directory for one module's shared guest."""
+    with directory() as path:
+        yield path
+
+
+@pytest.fixture
+def stock(tree: Sysroot, work: Path) -> Iterator[Machine]:
+    """A machine of QEMU alone: the reference."""
+    with clean_machine(tree, [], work) as machine:
+        yield machine
+
+
+@pytest.fixture
+def machine(tree: Sysroot, work: Path) -> Iterator[Machine]:
+    """A machine behind `nvmove run`."""
+    with clean_machine(tree, [*nvmove_command(), "run"], work) as machine:
+        yield machine
+
+
+@pytest.fixture
+def machines(tree: Sysroot, work: Path) -> Iterator[MachineFactory]:
+    """A factory of machines behind `nvmove run`, each in its own directory below `work`."""
+    with ExitStack() as stack:
+
+        def make(name: str, memory: str = "512M") -> Machine:
+            return stack.enter_context(clean_machine(tree, [*nvmove_command(), "run"], work / name, memory))
+
+        yield make
+
+
+def make_image(tree: Sysroot, path: Path, size: str = "256M") -> Path:
+    """Create an empty image; its suffix says the format (`.qcow2`, else raw)."""
+    kind = "qcow2" if path.suffix == ".qcow2" else "raw"
+    subprocess.run([tree.program("qemu-img"), "create", "-q", "-f", kind, str(path), size], check=True)
+    return path
+
+
+def disk(path: Path, name: str = "d0", *, drive: str = "", device: str = "") -> list[str]:
+    """The arguments of an NVMe disk on an image; `drive` and `device` are more options of each."""
+    kind = "qcow2" if path.suffix == ".qcow2" else "raw"
+    more = [f",{options}" if options else "" for options in (drive, device)]
+    return [
+        *("-drive", f"if=none,id={name},file={path},format={kind}{more[0]}"),
+        *("-device", f"nvme,serial=S-{name},drive={name}{more[1]}"),
+    ]
+
+
+def assert_nothing_left(machine: Machine, before: Surroundings, *, but: tuple[str, ...] = ()) -> None:
+    """Fail when a process of `machine` still runs, or anything is there that was not there `before`.
+
+    `but`: ends of names that may be there, such as the log that the harness itself writes.
+    """
+    assert wait_gone(machine.mark, 10) == []
+    left = Surroundings.look(machine.directory).since(before)
+    assert [line for line in left if not line.endswith(("/log", "/runtime", *but))] == []
