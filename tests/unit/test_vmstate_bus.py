@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -256,3 +258,28 @@ def test_a_path_with_strange_characters_works(tmp_path: Path) -> None:
             assert (await call(client, NAME, "Save")).body == [b"state"]
 
     run(test)
+
+
+def test_the_daemon_dies_with_us(tmp_path: Path) -> None:
+    code = f"""
+import asyncio, os, signal
+from pathlib import Path
+from nvmove.vmstate.dbus_daemon import DBusDaemon
+async def main():
+    daemon = await DBusDaemon.start(Path({str(tmp_path)!r}))
+    print(daemon.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    pid = int(child.stdout)
+
+    async def main() -> None:
+        while Path(f"/proc/{pid}").exists():  # gone, or a zombie nobody reaps
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+            await asyncio.sleep(0.01)
+        daemon = await DBusDaemon.start(tmp_path)  # over the files that the dead one left
+        await daemon.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
