@@ -6,9 +6,41 @@ What takes longer answers later, through the callback it is given.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+# VFIO's region and IRQ indexes of a PCI device (linux/vfio.h).
+BAR0_REGION = 0
+CONFIG_REGION = 7
+REGION_COUNT = 9
+INTX = 0
+MSIX = 2
+IRQ_INDEX_COUNT = 5
+
+
+class IrqWhat(enum.Enum):
+    """What a SET_IRQS does to its interrupts."""
+
+    TRIGGER = "trigger"
+    MASK = "mask"
+    UNMASK = "unmask"
+
+
+@dataclass(frozen=True, slots=True)
+class IrqAction:
+    """One VFIO_USER_DEVICE_SET_IRQS on `count` interrupts: eventfds change, or something happens now."""
+
+    what: IrqWhat
+    eventfds: bool = False
+    """DATA_EVENTFD, or `disable`: the interrupts get the eventfds `fds`, or lose theirs when there are none."""
+    fds: tuple[int, ...] = ()
+    """One an interrupt, or none."""
+    fire: tuple[bool, ...] = ()
+    """DATA_BOOL, or all true for DATA_NONE: trigger, mask or unmask now; one an interrupt."""
+    disable: bool = False
+    """DATA_NONE with count 0: all of the index lose their eventfds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +68,13 @@ class Client(Protocol):
 class Device(Protocol):
     """A PCI function as vfio-user sees it."""
 
-    regions: Sequence[RegionInfo]
-    """By VFIO PCI region index: BAR0…BAR5, ROM, config space, VGA."""
-    irq_counts: Sequence[int]
-    """By VFIO PCI IRQ index: INTx, MSI, MSI-X, error, request."""
+    @property
+    def regions(self) -> Sequence[RegionInfo]:
+        """By VFIO PCI region index: BAR0…BAR5, ROM, config space, VGA."""
+
+    @property
+    def irq_counts(self) -> Sequence[int]:
+        """By VFIO PCI IRQ index: INTx, MSI, MSI-X, error, request."""
 
     def attach(self, client: Client) -> None:
         """A client is connected and has negotiated a version."""
@@ -64,16 +99,3 @@ class Device(Protocol):
 
     def reset(self, done: Callable[[], None]) -> None:
         """Function-level reset; `done` when nothing started before it can touch guest memory any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class IrqAction:
-    """One VFIO_USER_DEVICE_SET_IRQS: what (`trigger`, `mask`, `unmask`), and its data."""
-
-    what: str
-    fds: tuple[int, ...] = ()
-    """Eventfds, one a vector, or none: the vectors lose theirs (or with `fire`, are triggered now)."""
-    fire: tuple[bool, ...] = ()
-    """DATA_BOOL, or DATA_NONE with a count: trigger, mask or unmask these vectors now."""
-    disable: bool = False
-    """DATA_NONE with count 0: the whole index is switched off."""

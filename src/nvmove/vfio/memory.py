@@ -1,0 +1,278 @@
+"""Guest memory: what the client mapped with VFIO_USER_DMA_MAP, as `nvmove.nvme.seams.Memory`.
+
+Regions with a file descriptor are mmaps, read and written in place. Regions without one go through the client by
+message, with bounce buffers. A transfer holds its mapped regions until it is finished: an unmap that meets one in use
+takes the region away from new transfers at once and reports itself done when the last old one is.
+
+Regions without a descriptor are not waited for. The client's main loop, which would serve their messages, is what
+waits for the unmap; it checks every address itself, so a late message finds no memory, not foreign memory.
+
+A client that shrinks a file it has shared kills this process (SIGBUS), as with any mmap: it is trusted that far.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from nvmove.nvme.seams import DmaError, Segment
+from nvmove.vfio.device import Client
+
+
+class _Unmap:
+    """An unmap under way: `done(0)` when `left` regions in use have become idle."""
+
+    __slots__ = ("done", "left")
+
+    def __init__(self, done: Callable[[int], None], left: int) -> None:
+        self.done = done
+        self.left = left
+
+
+class _Region:
+    """A run of guest memory with one way to it. `view` is None when that way is by message."""
+
+    __slots__ = ("end", "readable", "start", "unmap", "uses", "view", "writable")
+
+    def __init__(self, start: int, end: int, view: memoryview | None, readable: bool, writable: bool) -> None:
+        self.start = start
+        self.end = end
+        self.view = view
+        self.readable = readable
+        self.writable = writable
+        self.uses = 0
+        self.unmap: _Unmap | None = None
+
+    def part(self, start: int, end: int) -> _Region:
+        """What remains of this region when a piece of it is unmapped: a new one on the same mmap."""
+        view = None if self.view is None else self.view[start - self.start : end - self.start]
+        return _Region(start, end, view, self.readable, self.writable)
+
+
+class MemoryTransfer:
+    """A `Transfer`: views into the mmaps, bounce buffers where there are none."""
+
+    __slots__ = ("_bounces", "_memory", "_regions", "buffers")
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.buffers: list[memoryview] = []
+        self._memory = memory
+        self._regions: list[_Region] = []
+        self._bounces: list[tuple[int, memoryview]] = []
+
+    def finish(self, commit: bool = True) -> None:
+        """Give the memory back; see `Transfer.finish`."""
+        self._memory._finish(self, commit)
+
+
+class GuestMemory:
+    """Guest-physical memory of one client after the other. `client` serves regions without a descriptor."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._regions: list[_Region] = []
+        self._last: _Region | None = None  # the region found last: nearly always the next one too
+
+    # The client's side: called on the control thread.
+
+    def map(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
+        """Add a region and take `fd` over. Raises OSError: EEXIST on overlap, else what mmap says."""
+        try:
+            with self._lock:
+                if self._overlapping(address, address + size):
+                    raise OSError(errno.EEXIST, f"guest memory at {address:#x} is mapped already")
+            view = None if fd is None else _mmap(fd, size, offset, writable)
+        finally:
+            if fd is not None:
+                os.close(fd)
+        with self._lock:
+            self._insert(_Region(address, address + size, view, readable, writable))
+
+    def unmap(self, address: int, size: int, done: Callable[[int], None]) -> None:
+        """Take away what is mapped in the range, parts of regions included; `done(errno)` when no transfer uses it.
+
+        ENOENT when nothing is mapped there.
+        """
+        end = address + size
+        with self._lock:
+            regions = self._overlapping(address, end)
+            busy = sum(region.uses > 0 for region in regions)
+            unmap = _Unmap(done, busy)
+            for region in regions:
+                self._remove(region)
+                region.unmap = unmap if region.uses else None
+                if region.start < address:
+                    self._insert(region.part(region.start, address))
+                if region.end > end:
+                    self._insert(region.part(end, region.end))
+        if not busy:
+            done(0 if regions else errno.ENOENT)
+
+    def unmap_all(self, done: Callable[[int], None]) -> None:
+        """Take everything away; never an error."""
+        self.unmap(0, 1 << 64, lambda _errno: done(0))
+
+    def ranges(self) -> list[tuple[int, int, str]]:
+        """Return (address, size, "mapped" or "by message") of each region, in order: for inspection."""
+        with self._lock:
+            return [(r.start, r.end - r.start, "by message" if r.view is None else "mapped") for r in self._regions]
+
+    def _overlapping(self, start: int, end: int) -> list[_Region]:
+        first = bisect_right(self._starts, start) - 1
+        if first < 0 or self._regions[first].end <= start:
+            first += 1
+        last = first
+        while last < len(self._regions) and self._regions[last].start < end:
+            last += 1
+        return self._regions[first:last]
+
+    def _insert(self, region: _Region) -> None:
+        index = bisect_right(self._starts, region.start)
+        self._starts.insert(index, region.start)
+        self._regions.insert(index, region)
+
+    def _remove(self, region: _Region) -> None:
+        index = bisect_right(self._starts, region.start) - 1
+        del self._starts[index]
+        del self._regions[index]
+        self._last = None
+
+    # The controller's side: called on worker threads.
+
+    def read(self, address: int, length: int) -> bytes:
+        """Return `length` bytes of guest memory; raise DmaError."""
+        with self._lock:
+            region = self._find(address)
+            view = region.view
+            if view is not None and region.readable and address + length <= region.end:
+                start = address - region.start
+                return bytes(view[start : start + length])
+        transfer = self.acquire((Segment(address, length),), to_guest=False)
+        try:
+            return b"".join(transfer.buffers)
+        finally:
+            transfer.finish()
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data` into guest memory; raise DmaError. It is there on return."""
+        length = len(data)
+        with self._lock:
+            region = self._find(address)
+            view = region.view
+            if view is not None and region.writable and address + length <= region.end:
+                start = address - region.start
+                view[start : start + length] = data
+                return
+        transfer = self.acquire((Segment(address, length),), to_guest=True)
+        done = 0
+        for buffer in transfer.buffers:
+            buffer[:] = data[done : done + len(buffer)]
+            done += len(buffer)
+        transfer.finish()
+
+    def acquire(self, segments: Sequence[Segment], to_guest: bool) -> MemoryTransfer:
+        """Take the memory of `segments`, one buffer or more each; neighbours in one region become one buffer."""
+        transfer = MemoryTransfer(self)
+        try:
+            with self._lock:
+                for address, length in _merged(segments):
+                    self._take(transfer, address, length, to_guest)
+            if transfer._bounces and not to_guest:
+                client = self._require_client()
+                for address, buffer in transfer._bounces:
+                    buffer[:] = client.dma_read(address, len(buffer))
+                transfer._bounces = []  # filled; nothing to write back
+        except DmaError:
+            self._release(transfer._regions)
+            raise
+        return transfer
+
+    def _find(self, address: int) -> _Region:
+        region = self._last
+        if region is not None and region.start <= address < region.end:
+            return region
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address >= self._regions[index].end:
+            raise DmaError(f"guest address {address:#x} is not mapped")
+        self._last = region = self._regions[index]
+        return region
+
+    def _take(self, transfer: MemoryTransfer, address: int, length: int, to_guest: bool) -> None:
+        while length:
+            region = self._find(address)
+            if not (region.writable if to_guest else region.readable):
+                raise DmaError(f"guest address {address:#x} is not {'writable' if to_guest else 'readable'}")
+            count = min(length, region.end - address)
+            if region.view is None:
+                buffer = memoryview(bytearray(count))
+                transfer._bounces.append((address, buffer))
+            else:
+                start = address - region.start
+                buffer = region.view[start : start + count]
+                region.uses += 1
+                transfer._regions.append(region)
+            transfer.buffers.append(buffer)
+            address += count
+            length -= count
+
+    def _finish(self, transfer: MemoryTransfer, commit: bool) -> None:
+        regions, bounces = transfer._regions, transfer._bounces
+        transfer._regions, transfer._bounces, transfer.buffers = [], [], []
+        try:
+            if bounces and commit:
+                client = self._require_client()
+                for address, buffer in bounces:
+                    client.dma_write(address, buffer)
+        finally:
+            self._release(regions)
+
+    def _release(self, regions: list[_Region]) -> None:
+        finished: list[_Unmap] = []
+        with self._lock:
+            for region in regions:
+                region.uses -= 1
+                unmap = region.unmap
+                if unmap is not None and not region.uses:
+                    unmap.left -= 1
+                    if not unmap.left:
+                        finished.append(unmap)
+        for unmap in finished:
+            unmap.done(0)
+
+    def _require_client(self) -> Client:
+        if self.client is None:
+            raise DmaError("no client is connected")
+        return self.client
+
+
+def _merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Join segments that continue each other: PRP lists are often contiguous, and each buffer costs an iovec."""
+    runs: list[tuple[int, int]] = []
+    for address, length in segments:
+        if runs and sum(runs[-1]) == address:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length)
+        else:
+            runs.append((address, length))
+    return runs
+
+
+def _mmap(fd: int, size: int, offset: int, writable: bool) -> memoryview:
+    """Map `size` bytes at `offset` of `fd`. Hugetlbfs maps whole huge pages only, so the mapping may be wider."""
+    status = os.fstat(fd)
+    page = status.st_blksize if status.st_blksize % mmap.ALLOCATIONGRANULARITY == 0 else mmap.ALLOCATIONGRANULARITY
+    if offset + size > status.st_size:
+        raise OSError(errno.EINVAL, f"a file of {status.st_size} bytes for memory at {offset:#x}+{size:#x}")
+    start = offset - offset % page
+    end = min(-(-(offset + size) // page) * page, status.st_size)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
+    try:
+        mapping = mmap.mmap(fd, end - start, mmap.MAP_SHARED, protection, offset=start)
+    except (ValueError, OverflowError) as error:
+        raise OSError(errno.EINVAL, str(error)) from error
+    return memoryview(mapping)[offset - start : offset - start + size]

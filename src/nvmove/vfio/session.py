@@ -1,0 +1,242 @@
+"""One client's protocol: commands become calls of the device, their results replies. No sockets in here.
+
+    new ──VERSION──▶ negotiated        (`_BEFORE_VERSION`: all that is allowed in `new`)
+
+A refused command is answered with its errno and changes nothing; a posted one is logged instead. UNMAP and RESET are
+answered when the device says that it is done, from whatever thread it says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable
+
+from nvmove.vfio import message
+from nvmove.vfio.device import (
+    INTX,
+    IRQ_INDEX_COUNT,
+    REGION_COUNT,
+    Device,
+    IrqAction,
+    IrqWhat,
+)
+from nvmove.vfio.dma import DmaChannel
+from nvmove.vfio.message import Command, Header, RegionAccess, RequestError
+
+log = logging.getLogger(__name__)
+
+_MAX_REFUSALS_LOGGED = 20
+"""A client's: a guest can cause some of them."""
+_BEFORE_VERSION = frozenset({Command.VERSION})
+_WHAT = {
+    message.SET_TRIGGER: IrqWhat.TRIGGER,
+    message.SET_MASK: IrqWhat.MASK,
+    message.SET_UNMASK: IrqWhat.UNMASK,
+}
+_IRQ_FLAGS = {INTX: message.IRQ_EVENTFD | message.IRQ_MASKABLE | message.IRQ_AUTOMASKED}
+
+
+class Session:
+    """`send(message, …)` puts a whole message on the wire, from any thread, and raises nothing."""
+
+    def __init__(self, device: Device, send: Callable[[bytes], None]) -> None:
+        self._device = device
+        self._send = send
+        self._channel: DmaChannel | None = None
+        self._refusals = 0
+        self._handlers: dict[int, Callable[[Header, memoryview, list[int]], bytes | None]] = {
+            Command.VERSION: self._version,
+            Command.DMA_MAP: self._dma_map,
+            Command.DMA_UNMAP: self._dma_unmap,
+            Command.DEVICE_GET_INFO: self._device_info,
+            Command.DEVICE_GET_REGION_INFO: self._region_info,
+            Command.DEVICE_GET_REGION_IO_FDS: self._region_io_fds,
+            Command.DEVICE_GET_IRQ_INFO: self._irq_info,
+            Command.DEVICE_SET_IRQS: self._set_irqs,
+            Command.REGION_READ: self._region_read,
+            Command.REGION_WRITE: self._region_write,
+            Command.REGION_WRITE_MULTI: self._region_write_multi,
+            Command.DEVICE_RESET: self._reset,
+        }
+
+    def handle(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        """Do one message; takes its descriptors over. Raises StreamError when the connection must end."""
+        try:
+            if header.is_reply:
+                if self._channel is None:
+                    raise message.StreamError(f"reply to command {header.command} that was not sent")
+                self._channel.answer(header, payload)
+                return
+            self._command(header, payload, fds)
+        finally:
+            # Handlers take what they use out of the list.
+            for fd in fds:
+                os.close(fd)
+
+    def close(self, done: Callable[[], None]) -> None:
+        """The client is gone: fail its DMA, take its memory from the device; `done` when nothing uses it."""
+        if self._channel is None:
+            done()
+            return
+        self._channel.refuse("the vfio-user client is gone")
+        self._device.detach(done)
+
+    def _command(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        try:
+            handler = self._handlers.get(header.command)
+            if handler is None:
+                raise RequestError(errno.ENOTSUP, f"command {header.command} is not known")
+            if self._channel is None and header.command not in _BEFORE_VERSION:
+                raise RequestError(errno.EINVAL, f"{Command(header.command).name} before VERSION")
+            if fds and header.command not in {Command.DMA_MAP, Command.DEVICE_SET_IRQS}:
+                raise RequestError(errno.EINVAL, f"{Command(header.command).name} with descriptors")
+            answer = handler(header, payload, fds)
+        except (RequestError, OSError) as error:
+            self._refuse(header, error.errno or errno.EIO, str(error))
+        except Exception:
+            # A defect of ours. The guest must not hang for it: the client gets its answer, the log the traceback.
+            log.exception("command %d failed", header.command)
+            self._refuse(header, errno.EIO, "internal error")
+        else:
+            if answer is not None and header.wants_reply:
+                self._send(message.reply(header, answer))
+
+    def _refuse(self, header: Header, code: int, reason: str) -> None:
+        self._refusals += 1
+        if self._refusals <= _MAX_REFUSALS_LOGGED:
+            log.warning("vfio-user client: %s (errno %d)", reason, code)
+        if header.wants_reply:
+            self._send(message.error_reply(header, code))
+
+    def _later(self, header: Header, payload: bytes = b"") -> Callable[[int], None]:
+        def done(code: int) -> None:
+            if header.wants_reply:
+                self._send(message.error_reply(header, code) if code else message.reply(header, payload))
+
+        return done
+
+    # One method a command. Each returns the reply's payload, or None when the reply is deferred.
+
+    def _version(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        version = message.parse_version(payload)
+        if self._channel is not None:
+            raise RequestError(errno.EINVAL, "VERSION a second time")
+        if version.major != message.PROTOCOL[0]:
+            raise RequestError(errno.EINVAL, f"protocol {version.major}.{version.minor}; this server speaks 0.0")
+        self._channel = DmaChannel(self._send, min(version.max_data_xfer_size, message.MAX_DATA_XFER_SIZE))
+        self._device.attach(self._channel)
+        return message.version_payload(version.write_multiple)
+
+    def _dma_map(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        request = message.parse_dma_map(payload)
+        if len(fds) > 1:
+            raise RequestError(errno.EINVAL, f"DMA_MAP with {len(fds)} descriptors")
+        fd = fds.pop() if fds else None
+        self._device.map_dma(request.address, request.size, fd, request.offset, request.readable, request.writable)
+        return b""
+
+    def _dma_unmap(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        request = message.parse_dma_unmap(payload)
+        done = self._later(header, message.dma_unmap_payload(request))
+        self._device.unmap_dma(request.address, request.size, request.all, done)
+
+    def _device_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        message.parse_device_info(payload)
+        flags = message.DEVICE_FLAGS_RESET | message.DEVICE_FLAGS_PCI
+        return message.device_info_payload(flags, REGION_COUNT, IRQ_INDEX_COUNT)
+
+    def _region_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        index, _, _ = message.parse_region_info(payload)
+        if index >= REGION_COUNT:
+            raise RequestError(errno.EINVAL, f"region {index}")
+        region = self._device.regions[index]
+        flags = (message.REGION_READ if region.readable else 0) | (message.REGION_WRITE if region.writable else 0)
+        return message.region_info_payload(index, flags, region.size)
+
+    def _region_io_fds(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        index, flags, count = message.parse_indexed_info(payload)
+        if index >= REGION_COUNT or flags or count:
+            raise RequestError(errno.EINVAL, f"REGION_IO_FDS of region {index}, flags {flags:#x}, count {count}")
+        return message.indexed_info_payload(index)  # none: every access comes by message
+
+    def _irq_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        index, _, _ = message.parse_indexed_info(payload)
+        if index >= IRQ_INDEX_COUNT:
+            raise RequestError(errno.EINVAL, f"interrupt index {index}")
+        count = self._device.irq_counts[index]
+        return message.indexed_info_payload(index, _IRQ_FLAGS.get(index, message.IRQ_EVENTFD) if count else 0, count)
+
+    def _set_irqs(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        request = message.parse_irq_set(payload)
+        if request.index >= IRQ_INDEX_COUNT or request.start + request.count > self._device.irq_counts[request.index]:
+            raise RequestError(
+                errno.EINVAL, f"interrupts {request.start}+{request.count} of index {request.index} do not exist"
+            )
+        action = _irq_action(request, fds)
+        self._device.set_irqs(request.index, request.start, request.count, action)
+        return b""
+
+    def _region_read(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        access = message.parse_region_read(payload)
+        if not self._in_range(access) or not self._device.regions[access.region].readable:
+            raise RequestError(errno.EINVAL, f"read of {access.count} at {access.offset:#x}, region {access.region}")
+        data = self._device.read(access.region, access.offset, access.count)
+        return message.region_access_payload(RegionAccess(access.offset, access.region, access.count, data))
+
+    def _region_write(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        access = message.parse_region_write(payload)
+        self._write(access)
+        return message.region_access_payload(RegionAccess(access.offset, access.region, access.count))
+
+    def _region_write_multi(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        count = 0
+        for access in message.parse_write_multi(payload):
+            self._write(access)
+            count += 1
+        return count.to_bytes(8, "little")  # the batch, without its writes
+
+    def _write(self, access: RegionAccess) -> None:
+        if not self._in_range(access) or not self._device.regions[access.region].writable:
+            raise RequestError(errno.EINVAL, f"write of {access.count} at {access.offset:#x}, region {access.region}")
+        self._device.write(access.region, access.offset, access.data)
+
+    def _in_range(self, access: RegionAccess) -> bool:
+        return (
+            access.region < REGION_COUNT
+            and access.count > 0
+            and access.offset + access.count <= self._device.regions[access.region].size
+        )
+
+    def _reset(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        assert self._channel is not None  # `_command` lets nothing but VERSION through without it
+        channel = self._channel
+        answer = self._later(header)
+
+        def done() -> None:
+            channel.admit()
+            answer(0)
+
+        # The client's main loop, which serves DMA by message, is what waits for this reset.
+        channel.refuse("the device is being reset")
+        self._device.reset(done)
+
+
+def _irq_action(request: message.IrqSet, fds: list[int]) -> IrqAction:
+    """Translate flags and descriptors; takes the descriptors out of `fds` when they are right."""
+    what = _WHAT[request.flags & (message.SET_TRIGGER | message.SET_MASK | message.SET_UNMASK)]
+    if request.flags & message.SET_DATA_EVENTFD:
+        if len(fds) not in {0, request.count} or not request.count:
+            raise RequestError(errno.EINVAL, f"SET_IRQS with {len(fds)} descriptors for {request.count} interrupts")
+        taken = tuple(fds)
+        fds.clear()
+        return IrqAction(what, eventfds=True, fds=taken)
+    if fds:
+        raise RequestError(errno.EINVAL, "SET_IRQS with descriptors that its flags do not announce")
+    if request.flags & message.SET_DATA_NONE and not request.count:
+        if what is not IrqWhat.TRIGGER or request.start:
+            raise RequestError(errno.EINVAL, f"SET_IRQS {what.value} of no interrupts")
+        return IrqAction(what, eventfds=True, disable=True)
+    fire = request.fire if request.flags & message.SET_DATA_BOOL else (True,) * request.count
+    return IrqAction(what, fire=fire)
