@@ -1,11 +1,58 @@
-"""The `nvmove` command."""
+"""The `nvmove` command: its subcommands and what every one of them shares.
+
+Each subcommand's module has `add_arguments(parser)` and `run(args) -> int`; it is imported only when it is used:
+start-up time counts. Bad input is one line on stderr and exit status 1, a usage error 2.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import importlib.metadata
+import logging
+import os
 import sys
+
+from nvmove.errors import UserError
+
+COMMANDS = {
+    "run": ("nvmove.vm.command", "run a VM: QEMU's command line, its -device nvme served by nvmove"),
+    "serve": ("nvmove.serve", "serve one NVMe device over vfio-user, for a QEMU that somebody else starts"),
+    "inspect": ("nvmove.inspect", "show the device state in a snapshot, a migration file or a state file"),
+    "demo": ("nvmove.demo", "show on a real Linux guest what nvmove does, in about a minute"),
+}
+
+
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser; `only` names the one subcommand whose arguments are wanted, None all of them."""
+    top = argparse.ArgumentParser(
+        prog="nvmove", description="NVMe disks for QEMU virtual machines that can be saved, moved and paused."
+    )
+    version = importlib.metadata.version("nvmove")
+    top.add_argument("--version", action="version", version=f"nvmove {version}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, summary) in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if only in {None, name}:
+            importlib.import_module(module).add_arguments(sub)
+    return top
 
 
 def main() -> int:
     """Run the command line in `sys.argv`; return the exit status."""
-    print("nvmove: nothing here yet", file=sys.stderr)
-    return 2
+    name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    level = os.environ.get("NVMOVE_LOG", "warning").upper()
+    logging.basicConfig(
+        format="nvmove: %(message)s", level=level if level in logging.getLevelNamesMapping() else "WARNING"
+    )
+    try:
+        args = parser(only=name if name in COMMANDS else "").parse_args()
+        return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
+    except UserError as error:
+        print(f"nvmove: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,168 @@
+"""savevm, loadvm and their QMP jobs: what nvmove does around QEMU's own commands (docs/design.md, "Snapshots").
+
+save: stop the VM → devices at rest → read the MSI-X tables → QEMU's command (which calls our D-Bus `Save`) → run on.
+load: stop the VM → devices at rest → QEMU's command (reset, then our D-Bus `Load`) → PCI replay → run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from nvmove.vm.pciaddress import ReplayError, find
+from nvmove.vm.replay import Replayed, read_msix_table, replay
+from nvmove.vm.runstate import Held, Monitor, Paused, RunState
+
+log = logging.getLogger(__name__)
+
+
+class SavedDevice(Replayed, Paused, Protocol):
+    """A device as snapshots need it."""
+
+    id: str
+    """Its id in QEMU."""
+    loads: int
+    """How many states were loaded since it exists."""
+    resets: int
+    """How many function-level resets it has seen."""
+
+    def keep_msix_table(self, table: bytes) -> None:
+        """Take QEMU's MSI-X table into the state that `save` writes."""
+
+
+class HmpMonitor(Monitor, Protocol):
+    """QEMU's monitor, HMP included."""
+
+    async def hmp(self, line: str) -> str:
+        """Run an HMP command line of QEMU's; return its output."""
+
+
+class SnapshotError(Exception):
+    """A snapshot that cannot be made or loaded: QEMU's message, or ours in its place."""
+
+
+class Snapshots:
+    """Saves and loads the VM with its nvmove devices."""
+
+    def __init__(
+        self, monitor: HmpMonitor, runstate: RunState, devices: Sequence[SavedDevice], unsaveable: Sequence[str] = ()
+    ) -> None:
+        self._monitor = monitor
+        self._runstate = runstate
+        self._devices = devices
+        self._unsaveable = unsaveable
+        self._jobs: dict[str, asyncio.Future[None]] = {}
+
+    def check(self) -> None:
+        """Raise SnapshotError, in QEMU's words, when a disk that nvmove serves itself cannot hold snapshots."""
+        if self._unsaveable:
+            raise SnapshotError(f"Device '{self._unsaveable[0]}' is writable but does not support snapshots")
+
+    async def before_save(self) -> None:
+        """Read every device's MSI-X table out of QEMU; the VM is stopped and the devices are at rest."""
+        pci = await self._monitor.execute("query-pci")
+        for device in self._devices:
+            table = await read_msix_table(
+                self._monitor.hmp, find(pci, device.id), device.config, device.msix_table_offset
+            )
+            device.keep_msix_table(table)
+
+    async def after_load(self) -> None:
+        """Give QEMU the devices' PCI state back; the VM is stopped."""
+        pci = await self._monitor.execute("query-pci")
+        for device in self._devices:
+            await replay(self._monitor.hmp, find(pci, device.id), device)
+
+    async def save(self, line: str) -> str:
+        """Run the HMP command `savevm …`; return its output."""
+        self.check()
+        async with self._runstate.held():
+            await self.before_save()
+            return await self._monitor.hmp(line)
+
+    async def load(self, line: str) -> str:
+        """Run the HMP command `loadvm …`; return its output, which is empty when all went well.
+
+        A load that failed half-way leaves the VM stopped, as QEMU does; one that touched nothing lets it run on.
+        """
+        self.check()
+        async with self._runstate.held() as held:
+            mark = self._marks()
+            output = await self._monitor.hmp(line)
+            await self._finish_load(held, mark, failed=bool(output.strip()))
+            return output
+
+    def _marks(self) -> list[tuple[int, int]]:
+        return [(device.resets, device.loads) for device in self._devices]
+
+    async def _finish_load(self, held: Held, mark: list[tuple[int, int]], failed: bool) -> None:
+        if not failed:
+            not_loaded = [
+                device.id for device, (_, loads) in zip(self._devices, mark, strict=True) if device.loads == loads
+            ]
+            if not_loaded:
+                held.run_on = False
+                raise SnapshotError(f"The snapshot holds no state of the nvmove device '{not_loaded[0]}'")
+            await self.after_load()
+        elif self._marks() != mark:
+            held.run_on = False
+
+    # --- QMP jobs ----------------------------------------------------------------------------------------------------
+
+    async def job(self, name: str, arguments: dict[str, Any], nodes: Sequence[str]) -> Any:
+        """Start the QMP job `snapshot-save` or `snapshot-load`; return as QEMU does, before the job is over.
+
+        `nodes` are the nodes of the disks that nvmove serves itself: QEMU does not know them. The VM is stopped here
+        and runs on, if it ran, when the job has concluded: `concluded` must be called before clients see that event.
+        """
+        for node in [arguments.get("vmstate"), *arguments.get("devices", ())]:
+            if node in nodes:
+                raise SnapshotError(f"Device '{node}' is writable but does not support snapshots")
+        job_id = arguments.get("job-id")
+        await self._runstate.lock.acquire()
+        held = Held(run_on=False)
+        try:
+            held.run_on = await self._runstate.hold()
+            mark = self._marks()
+            if name == "snapshot-save":
+                await self.before_save()
+            concluded = asyncio.get_running_loop().create_future()
+            self._jobs[str(job_id)] = concluded
+            answer = await self._monitor.execute(name, arguments)
+        except BaseException:
+            self._jobs.pop(str(job_id), None)
+            await self._let_go(held)
+            raise
+        self._watcher = asyncio.create_task(self._watch(str(job_id), name, held, mark, concluded))
+        return answer
+
+    async def _watch(
+        self, job_id: str, name: str, held: Held, mark: list[tuple[int, int]], concluded: asyncio.Future[None]
+    ) -> None:
+        try:
+            await concluded
+            if name == "snapshot-load":
+                jobs = await self._monitor.execute("query-jobs")
+                failed = any(job["id"] == job_id and "error" in job for job in jobs)
+                await self._finish_load(held, mark, failed)
+        except (SnapshotError, ReplayError) as error:
+            held.run_on = False
+            log.error("snapshot-load: %s; the VM stays stopped", error)
+        finally:
+            await self._let_go(held)
+
+    async def _let_go(self, held: Held) -> None:
+        try:
+            if held.run_on:
+                await self._monitor.execute("cont")
+        finally:
+            self._runstate.lock.release()
+
+    async def concluded(self, job_id: str) -> None:
+        """A job's JOB_STATUS_CHANGE said `concluded`; when this returns, the VM is as the job's end promises."""
+        future = self._jobs.pop(job_id, None)
+        if future is not None and not future.done():
+            future.set_result(None)
+            await asyncio.shield(self._watcher)

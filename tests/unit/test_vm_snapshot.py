@@ -1,0 +1,278 @@
+"""Snapshots and PCI replay against a monitor that keeps a configuration space as QEMU does."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from nvmove.vm.pciaddress import ConfigSpace, PciAddress, ReplayError, find
+from nvmove.vm.replay import MSIX_CONTROL, read_msix_table, replay
+from nvmove.vm.runstate import RunState
+from nvmove.vm.snapshot import SnapshotError, Snapshots
+
+BAR = 0xFEBF_8000
+TABLE = bytes(range(32))
+
+
+def run(test: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(test)
+
+
+class FakeQemu:
+    """A monitor of one function at 1:2.0: 256 bytes of config space, an MSI-X table of two vectors behind its BAR."""
+
+    def __init__(self) -> None:
+        self.config = bytearray(256)
+        self.selected = 0
+        self.running = True
+        self.log: list[str] = []
+        self.answers: dict[str, str] = {}
+        self.on_hmp: dict[str, Any] = {}
+        self.runstate: RunState | None = None
+
+    async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        self.log.append(name)
+        if name == "query-status":
+            return {"running": self.running, "status": "running" if self.running else "paused"}
+        if name in {"stop", "cont"}:
+            self.running = name == "cont"
+            if self.runstate is not None and self.running:
+                await self.runstate.follow("RESUME")
+        if name == "query-pci":
+            function = {"bus": 1, "slot": 2, "function": 0, "qdev_id": "nv0"}
+            bridge = {"bus": 0, "slot": 1, "function": 0, "qdev_id": "rp0", "pci_bridge": {"devices": [function]}}
+            return [{"bus": 0, "devices": [bridge]}]
+        if name == "query-jobs":
+            return [{"id": "j0", "status": "concluded"}]
+        return {}
+
+    async def hmp(self, line: str) -> str:
+        self.log.append(line)
+        if port := re.fullmatch(r"o /([bhw]) (0x[0-9a-f]+) (0x[0-9a-f]+)", line):
+            size, address, value = {"b": 1, "h": 2, "w": 4}[port[1]], int(port[2], 16), int(port[3], 16)
+            if address == 0xCF8:
+                self.selected = value & 0xFF
+                assert value == PciAddress(1, 2, 0).config_address(self.selected)
+            else:
+                register = self.selected + address - 0xCFC
+                self.config[register : register + size] = value.to_bytes(size, "little")
+            return ""
+        if line.startswith("xp /8xw "):
+            if not self.config[4] & 2:
+                return "Cannot access memory"
+            assert int(line.rsplit(maxsplit=1)[-1], 16) == BAR + 0x2000
+            words = [int.from_bytes(TABLE[at : at + 4], "little") for at in range(0, 32, 4)]
+            return "\r\n".join(
+                f"{BAR:016x}: " + " ".join(f"0x{word:08x}" for word in words[at : at + 4]) for at in (0, 4)
+            )
+        if line in self.on_hmp:
+            self.on_hmp[line]()
+        return self.answers.get(line, "")
+
+
+class FakeDevice:
+    id = "nv0"
+    msix_table_offset = 0x2000
+
+    def __init__(self, qemu: FakeQemu) -> None:
+        self.qemu = qemu
+        config = bytearray(256)
+        config[0x10:0x18] = (BAR | 4).to_bytes(8, "little")
+        config[4:6] = (0x0506).to_bytes(2, "little")
+        config[MSIX_CONTROL : MSIX_CONTROL + 2] = (0x8001).to_bytes(2, "little")
+        config[0x3C] = 11
+        self.config = bytes(config)
+        self.msix_table = TABLE
+        self.written: list[tuple[int, bytes]] = []
+        self.loads = self.resets = 0
+        self.is_paused = False
+
+    def write_guest(self, address: int, data: bytes) -> None:
+        assert self.qemu.config[4] & 6 == 6, "DMA needs memory decoding and bus mastering"
+        self.written.append((address, data))
+
+    def keep_msix_table(self, table: bytes) -> None:
+        self.msix_table = table
+
+    def pause(self) -> None:
+        self.is_paused = True
+
+    def resume(self) -> None:
+        self.is_paused = False
+
+
+def setup(unsaveable: tuple[str, ...] = ()) -> tuple[FakeQemu, FakeDevice, RunState, Snapshots]:
+    qemu = FakeQemu()
+    device = FakeDevice(qemu)
+    qemu.config[:] = device.config
+    runstate = RunState(qemu, [device])
+    qemu.runstate = runstate
+    return qemu, device, runstate, Snapshots(qemu, runstate, [device], unsaveable)
+
+
+def test_a_function_behind_a_bridge_is_found_by_its_id() -> None:
+    answer = run(FakeQemu().execute("query-pci"))
+    assert PciAddress(1, 2, 0) == find(answer, "nv0")
+    with pytest.raises(ReplayError, match="'nv1'"):
+        find(answer, "nv1")
+
+
+def test_the_msix_table_is_read_word_by_word() -> None:
+    qemu, device, _, _ = setup()
+    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.config, 0x2000)) == TABLE
+
+
+def test_the_msix_table_is_read_while_the_guest_has_memory_decoding_off_and_command_is_left_as_it_was() -> None:
+    qemu, device, _, _ = setup()
+    qemu.config[4] = 0
+    config = bytearray(device.config)
+    config[4] = 0
+    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(config), 0x2000)) == TABLE
+    assert qemu.config[4] == 0
+
+
+def test_a_bar_that_was_never_placed_has_a_masked_table() -> None:
+    qemu, _, _, _ = setup()
+    table = run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(256), 0x2000))
+    assert table == bytes(12) + b"\1\0\0\0"
+    assert qemu.log == []
+
+
+def test_a_short_answer_is_an_error() -> None:
+    qemu, device, _, _ = setup()
+    qemu.config[4] = 0
+    with pytest.raises(ReplayError, match="0 of the 8"):
+        run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.config, 0x2000))
+
+
+def test_replay_gives_back_every_register_and_the_table() -> None:
+    qemu, device, _, _ = setup()
+    qemu.config[:] = bytes(256)
+    run(replay(qemu.hmp, PciAddress(1, 2, 0), device))
+    assert qemu.config == device.config
+    assert device.written == [(BAR + 0x2000, TABLE)]
+
+
+def test_replay_sets_the_function_mask_while_the_table_is_written() -> None:
+    qemu, device, _, _ = setup()
+    run(replay(qemu.hmp, PciAddress(1, 2, 0), device))
+    controls = [line for line in qemu.log if line.startswith("o /h 0xcfe")]
+    assert controls == ["o /h 0xcfe 0xc001", "o /h 0xcfe 0x8001"]
+
+
+def test_a_refused_port_write_is_an_error() -> None:
+    qemu, _, _, _ = setup()
+    qemu.answers["o /w 0xcfc 0x1"] = "nope"
+
+    async def hmp(line: str) -> str:
+        return "nope" if "0xcfc" in line else await qemu.hmp(line)
+
+    with pytest.raises(ReplayError, match="nope"):
+        run(ConfigSpace(hmp, PciAddress(1, 2, 0)).write32(0x10, 1))
+
+
+def test_savevm_stops_pauses_reads_the_table_saves_and_runs_on() -> None:
+    qemu, device, _, snapshots = setup()
+    device.msix_table = b""
+    qemu.on_hmp["savevm t1"] = lambda: qemu.log.append(f"paused {device.is_paused} running {qemu.running}")
+    assert run(snapshots.save("savevm t1")) == ""
+    assert "paused True running False" in qemu.log
+    assert device.msix_table == TABLE
+    assert qemu.running
+    assert not device.is_paused
+
+
+def test_savevm_of_a_paused_vm_leaves_it_paused() -> None:
+    qemu, device, _, snapshots = setup()
+    qemu.running = False
+    run(snapshots.save("savevm t1"))
+    assert "cont" not in qemu.log
+    assert device.is_paused
+
+
+def test_a_raw_disk_refuses_snapshots_in_qemus_words_and_nothing_is_stopped() -> None:
+    qemu, _, _, snapshots = setup(unsaveable=("d1",))
+    with pytest.raises(SnapshotError, match="Device 'd1' is writable but does not support snapshots"):
+        run(snapshots.save("savevm t1"))
+    assert qemu.log == []
+
+
+def loaded(device: FakeDevice) -> None:
+    device.resets += 1
+    device.loads += 1
+
+
+def test_loadvm_replays_pci_before_it_runs_on() -> None:
+    qemu, device, _, snapshots = setup()
+
+    def load() -> None:
+        loaded(device)
+        qemu.config[:] = bytes(256)
+
+    qemu.on_hmp["loadvm t1"] = load
+    run(snapshots.load("loadvm t1"))
+    assert qemu.config == device.config
+    assert qemu.log.index("o /w 0xcf8 0x80011010") < qemu.log.index("cont")
+
+
+def test_a_loadvm_that_touched_nothing_lets_the_vm_run_on() -> None:
+    qemu, _, _, snapshots = setup()
+    qemu.answers["loadvm no"] = "Error: Snapshot 'no' does not exist in one or more devices\r\n"
+    assert run(snapshots.load("loadvm no")).startswith("Error")
+    assert qemu.running
+
+
+def test_a_loadvm_that_failed_half_way_leaves_the_vm_stopped() -> None:
+    qemu, device, _, snapshots = setup()
+    qemu.answers["loadvm t1"] = "Error: Error -22 while loading VM state\r\n"
+    qemu.on_hmp["loadvm t1"] = lambda: setattr(device, "resets", 1)
+    run(snapshots.load("loadvm t1"))
+    assert not qemu.running
+
+
+def test_a_snapshot_without_our_state_is_refused_and_leaves_the_vm_stopped() -> None:
+    qemu, _, _, snapshots = setup()
+    with pytest.raises(SnapshotError, match="no state of the nvmove device 'nv0'"):
+        run(snapshots.load("loadvm t1"))
+    assert not qemu.running
+
+
+def test_a_snapshot_job_runs_on_before_its_conclusion_is_told() -> None:
+    qemu, device, runstate, snapshots = setup()
+
+    async def story() -> None:
+        await snapshots.job("snapshot-load", {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())
+        assert (qemu.running, runstate.lock.locked()) == (False, True)
+        loaded(device)
+        await snapshots.concluded("j0")
+
+    run(story())
+    assert (qemu.running, runstate.lock.locked()) == (True, False)
+    assert qemu.config == device.config
+
+
+def test_a_snapshot_job_that_names_a_raw_disk_is_refused() -> None:
+    _, _, _, snapshots = setup()
+    with pytest.raises(SnapshotError, match="'n1' is writable"):
+        run(snapshots.job("snapshot-save", {"job-id": "j0", "vmstate": "n0", "devices": ["n1"]}, nodes=("n1",)))
+
+
+def test_devices_follow_stop_and_resume_events() -> None:
+    _, device, runstate, _ = setup()
+    seen = []
+    for event in ("STOP", "RESUME"):
+        run(runstate.follow(event))
+        seen.append(device.is_paused)
+    assert seen == [True, False]
+
+
+def test_stop_returns_when_the_devices_are_at_rest() -> None:
+    qemu, device, runstate, _ = setup()
+    run(runstate.stop())
+    stopped = (qemu.running, device.is_paused)
+    run(runstate.cont())
+    assert (stopped, (qemu.running, device.is_paused)) == ((False, True), (True, False))
