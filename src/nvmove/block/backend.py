@@ -7,6 +7,7 @@ thread of its own (NBD). It is never called from the vfio-user control thread.
 from __future__ import annotations
 
 import enum
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -77,3 +78,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Finish what is under way, then close the image and drop its locks."""
+
+
+def refusal(request: Request, size: int, read_only: bool) -> int:
+    """Return the errno that a request earns before it is tried, or 0.
+
+    EROFS for a change of a read-only image; EIO for a range outside it, as QEMU's block layer answers.
+    """
+    if request.operation is Operation.FLUSH:
+        return 0
+    if read_only and request.operation is not Operation.READ:
+        return errno.EROFS
+    if request.offset < 0 or request.length < 0 or request.offset + request.length > size:
+        return errno.EIO
+    return 0

@@ -1,0 +1,196 @@
+"""Raw images: regular files and block devices, read and written in the caller's thread.
+
+An inline preadv into guest memory is the fastest way for a file in the page cache (docs/design, measurements), so
+`submit` finishes each request before it returns.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+
+import msgspec
+
+from nvmove.block.backend import BackendError, Operation, Request, refusal
+from nvmove.block.config import OpenOptions
+from nvmove.block.direct import DirectTransfer
+from nvmove.block.gate import Gate
+from nvmove.block.locks import ImageLock
+from nvmove.block.space import DeviceSpace, FileSpace
+from nvmove.block.transfer import FileTransfer
+from nvmove.block.zeroes import detect_zeroes
+
+_log = logging.getLogger(__name__)
+
+
+class RawBackend:
+    """An open raw image. Any number of threads may submit at once."""
+
+    def __init__(self, fd: int, path: str, options: OpenOptions, *, active: bool = True) -> None:
+        """Take over `fd`, opened as `options` say; raises BackendError (the image is locked) and OSError."""
+        self._fd = fd
+        self._path = path
+        self._options = options
+        self._transfer = DirectTransfer(fd) if options.direct else FileTransfer(fd)
+        space = DeviceSpace if stat.S_ISBLK(os.fstat(fd).st_mode) else FileSpace
+        self._space = space(fd, self._transfer, options.unmap)
+        self._lock = ImageLock(fd, path, read_only=options.read_only, share_rw=options.share_rw)
+        self._size = self._space.size()
+        self._gate = Gate(errno.EPERM)
+        if active:
+            self.activate()
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self._size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused (with EROFS)."""
+        return self._options.read_only
+
+    @property
+    def supports_discard(self) -> bool:
+        """Whether DISCARD gives space back."""
+        return self._space.supports_discard and not self.read_only
+
+    @property
+    def request_alignment(self) -> int:
+        """What O_DIRECT demands of offsets and memory to avoid a copy; 1 through the page cache."""
+        return self._transfer.alignment
+
+    def submit(self, request: Request) -> None:
+        """Do `request`, then call its `done`."""
+        error = self._gate.enter()
+        if not error:
+            try:
+                error = refusal(request, self._size, self._options.read_only)
+                if not error:
+                    self._perform(detect_zeroes(request, self._options))
+            except OSError as failure:
+                error = failure.errno or errno.EIO
+            finally:
+                self._gate.leave()
+        request.done(error)
+
+    def refresh_size(self) -> int:
+        """Look at the size again and return it; the old one stays when it cannot be read."""
+        try:
+            self._size = self._space.size()
+        except OSError as error:
+            _log.warning("size of '%s' cannot be read: %s", self._path, error.strerror)
+        return self._size
+
+    def inactivate(self) -> None:
+        """Hand the image over: finish what is under way, flush, drop the locks. Requests are refused with EPERM."""
+        self._gate.shut(errno.EPERM)
+        self._flush_at_the_end()
+        self._lock.release()
+
+    def activate(self) -> None:
+        """Take the image: its locks, its size, and requests again; raises BackendError when another has it."""
+        if self._options.locking:
+            self._lock.take()
+        self.refresh_size()
+        self._gate.open()
+
+    def close(self) -> None:
+        """Finish what is under way, flush, drop the locks and close the image. Requests are refused with ESHUTDOWN."""
+        self._gate.shut()
+        if self._fd < 0:
+            return
+        self._flush_at_the_end()
+        self._lock.release()
+        os.close(self._fd)
+        self._fd = -1
+
+    def _perform(self, request: Request) -> None:
+        """Do a request that was checked; raises OSError."""
+        fua = (request.fua or not self._options.writeback) and not self._options.no_flush
+        offset, length = request.offset, request.length
+        match request.operation:
+            case Operation.READ:
+                self._transfer.read(request.buffers, offset, length)
+            case Operation.WRITE:
+                self._transfer.write(request.buffers, offset, length, fua)
+            case Operation.FLUSH:
+                self._flush()
+            case Operation.WRITE_ZEROES if length:
+                self._space.write_zeroes(offset, length, request.may_unmap)
+                if fua:
+                    os.fdatasync(self._fd)
+            case Operation.DISCARD if length:
+                self._space.discard(offset, length)
+
+    def _flush(self) -> None:
+        if not (self._options.no_flush or self._options.read_only):
+            os.fdatasync(self._fd)
+
+    def _flush_at_the_end(self) -> None:
+        try:
+            self._flush()
+        except OSError as error:
+            _log.error("'%s' cannot be flushed: %s", self._path, error.strerror)
+
+
+def open_raw(filename: str, *, options: OpenOptions | None = None, active: bool = True) -> RawBackend:
+    """Open a raw image; raises BackendError, one line.
+
+    With `active` off the image is looked at but not locked, and every request is refused until `activate`: the
+    destination of a migration.
+    """
+    options = options or OpenOptions()
+    path = filename.removeprefix("file:").removeprefix("host_device:")
+    try:
+        _check_kind(path)
+        try:
+            fd = os.open(path, _flags(options))
+        except OSError as error:
+            if not options.auto_read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            options = _read_only(options)
+            fd = os.open(path, _flags(options))
+    except OSError as error:
+        raise BackendError(f"Could not open '{path}': {error.strerror}{_hint(error, options)}") from None
+    try:
+        return RawBackend(fd, path, options, active=active)
+    except OSError as error:
+        os.close(fd)
+        raise BackendError(f"Could not use '{path}': {error.strerror}") from None
+    except BackendError:
+        os.close(fd)
+        raise
+
+
+def _check_kind(path: str) -> None:
+    """Raise BackendError for what cannot be a disk image, OSError for what is not there."""
+    if "\0" in path:
+        raise BackendError(f"Could not open {path!r}: a file name has no NUL in it")
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise BackendError(f"Could not open '{path}': it is a directory, not a disk image")
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise BackendError(f"Could not open '{path}': it is neither a regular file nor a block device")
+
+
+def _flags(options: OpenOptions) -> int:
+    access = os.O_RDONLY if options.read_only else os.O_RDWR
+    return access | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if options.direct else 0)
+
+
+def _read_only(options: OpenOptions) -> OpenOptions:
+    return msgspec.structs.replace(options, read_only=True)
+
+
+def _hint(error: OSError, options: OpenOptions) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return " (qemu-img create makes an image)"
+        case errno.EACCES | errno.EPERM | errno.EROFS if not options.read_only:
+            return " (readonly=on needs no right to write)"
+        case errno.EINVAL if options.direct:
+            return " (its filesystem has no O_DIRECT: use cache=writeback)"
+    return ""
