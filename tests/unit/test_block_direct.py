@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from block_helpers import KIB, MIB, aligned, do, image, read, start, write
+from tests.block_helpers import KIB, MIB, aligned, do, image, read, start, write
 
 from nvmove.block import direct, linux
 from nvmove.block.backend import Operation

@@ -7,7 +7,7 @@ import fcntl
 from pathlib import Path
 
 import pytest
-from block_helpers import do, image, read, tool, write
+from tests.block_helpers import do, image, read, tool, write
 
 from nvmove.block.backend import BackendError, Operation
 from nvmove.block.config import OpenOptions

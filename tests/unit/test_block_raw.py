@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from block_helpers import KIB, MIB, aligned, allocated, do, image, read, start, write
+from tests.block_helpers import KIB, MIB, aligned, allocated, do, image, read, start, write
 
 from nvmove.block import linux
 from nvmove.block.backend import BackendError, Operation
