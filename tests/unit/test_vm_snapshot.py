@@ -85,7 +85,7 @@ class FakeDevice:
         config[4:6] = (0x0506).to_bytes(2, "little")
         config[MSIX_CONTROL : MSIX_CONTROL + 2] = (0x8001).to_bytes(2, "little")
         config[0x3C] = 11
-        self.config = bytes(config)
+        self.pci_config = bytes(config)
         self.msix_table = TABLE
         self.written: list[tuple[int, bytes]] = []
         self.loads = self.resets = 0
@@ -108,7 +108,7 @@ class FakeDevice:
 def setup(unsaveable: tuple[str, ...] = ()) -> tuple[FakeQemu, FakeDevice, RunState, Snapshots]:
     qemu = FakeQemu()
     device = FakeDevice(qemu)
-    qemu.config[:] = device.config
+    qemu.config[:] = device.pci_config
     runstate = RunState(qemu, [device])
     qemu.runstate = runstate
     return qemu, device, runstate, Snapshots(qemu, runstate, [device], unsaveable)
@@ -123,13 +123,13 @@ def test_a_function_behind_a_bridge_is_found_by_its_id() -> None:
 
 def test_the_msix_table_is_read_word_by_word() -> None:
     qemu, device, _, _ = setup()
-    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.config, 0x2000)) == TABLE
+    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.pci_config, 0x2000)) == TABLE
 
 
 def test_the_msix_table_is_read_while_the_guest_has_memory_decoding_off_and_command_is_left_as_it_was() -> None:
     qemu, device, _, _ = setup()
     qemu.config[4] = 0
-    config = bytearray(device.config)
+    config = bytearray(device.pci_config)
     config[4] = 0
     assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(config), 0x2000)) == TABLE
     assert qemu.config[4] == 0
@@ -146,14 +146,14 @@ def test_a_short_answer_is_an_error() -> None:
     qemu, device, _, _ = setup()
     qemu.config[4] = 0
     with pytest.raises(ReplayError, match="0 of the 8"):
-        run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.config, 0x2000))
+        run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.pci_config, 0x2000))
 
 
 def test_replay_gives_back_every_register_and_the_table() -> None:
     qemu, device, _, _ = setup()
     qemu.config[:] = bytes(256)
     run(replay(qemu.hmp, PciAddress(1, 2, 0), device))
-    assert qemu.config == device.config
+    assert qemu.config == device.pci_config
     assert device.written == [(BAR + 0x2000, TABLE)]
 
 
@@ -215,7 +215,7 @@ def test_loadvm_replays_pci_before_it_runs_on() -> None:
 
     qemu.on_hmp["loadvm t1"] = load
     run(snapshots.load("loadvm t1"))
-    assert qemu.config == device.config
+    assert qemu.config == device.pci_config
     assert qemu.log.index("o /w 0xcf8 0x80011010") < qemu.log.index("cont")
 
 
@@ -252,7 +252,7 @@ def test_a_snapshot_job_runs_on_before_its_conclusion_is_told() -> None:
 
     run(story())
     assert (qemu.running, runstate.lock.locked()) == (True, False)
-    assert qemu.config == device.config
+    assert qemu.config == device.pci_config
 
 
 def test_a_snapshot_job_that_names_a_raw_disk_is_refused() -> None:

@@ -39,7 +39,7 @@ class Replayed(Protocol):
     """The device, as replay needs it."""
 
     @property
-    def config(self) -> bytes:
+    def pci_config(self) -> bytes:
         """The first 256 bytes of configuration space as the guest left them."""
 
     @property
@@ -100,7 +100,7 @@ async def replay(hmp: Hmp, address: PciAddress, device: Replayed) -> None:
 
     QEMU answers with SET_IRQS for each vector in use.
     """
-    config = device.config
+    config = device.pci_config
     space = ConfigSpace(hmp, address)
     control = word(config, MSIX_CONTROL)
     await space.write32(BAR0, int.from_bytes(config[BAR0 : BAR0 + 4], "little"))

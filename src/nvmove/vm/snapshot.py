@@ -65,7 +65,7 @@ class Snapshots:
         pci = await self._monitor.execute("query-pci")
         for device in self._devices:
             table = await read_msix_table(
-                self._monitor.hmp, find(pci, device.id), device.config, device.msix_table_offset
+                self._monitor.hmp, find(pci, device.id), device.pci_config, device.msix_table_offset
             )
             device.keep_msix_table(table)
 
