@@ -164,6 +164,27 @@ def integer(option: Option, name: str, default: int, bits: int) -> int:
     return value
 
 
+def signed(option: Option, name: str, default: int) -> int:
+    """Read a signed integer of 32 bits; raises OptionError."""
+    value = option.values.get(name, default)
+    if option.is_json:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise option.error(f"Invalid parameter type for '{name}', expected: integer")
+    else:
+        value = _number(option, name, str(value))
+    if not -(1 << 31) <= value < 1 << 31:
+        raise option.error(f"Parameter '{name}' expects int32_t")
+    return value
+
+
+def on_off_auto(option: Option, name: str) -> str:
+    """Read an OnOffAuto; raises OptionError."""
+    value = option.get(name, "auto")
+    if value not in ("on", "off", "auto"):
+        raise option.error(f"Parameter '{name}' does not accept value '{value}'")
+    return value
+
+
 def _number(option: Option, name: str, text: str) -> int:
     match = re.match(r"\s*([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)\Z", text)
     if not match:
