@@ -85,6 +85,13 @@ class Machine:
         """Whether the started program runs."""
         return self._started is not None and self._started.process.poll() is None
 
+    def process_ended(self, within: float) -> bool:
+        """Return whether the started program has ended, or does so within some seconds."""
+        deadline = time.monotonic() + within
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self._started is not None and not self.alive
+
     def launch(self, argv: Sequence[str], *, stdin: int | None = None) -> Marked:
         """Start `argv` marked as this VM's, without waiting for anything."""
         environment = {

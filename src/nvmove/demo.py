@@ -1,0 +1,260 @@
+"""`nvmove demo`: what nvmove is for, shown on a real Linux guest on this machine.
+
+fio writes blocks that carry checksums. In the midst of it the VM is saved; then the disk is overwritten and the VM
+reverted in place; then everything is killed and the VM loaded by new processes. Each time fio goes on where it was and
+verifies every block. Every step is checked; the exit status is 0 only when all of them held.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console as Screen
+from rich.markup import escape
+from rich.table import Table
+
+from nvmove.lab.console import GuestError
+from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.leftovers import Surroundings
+from nvmove.lab.machine import Machine, nvmove_command
+from nvmove.lab.processes import wait_gone
+from nvmove.lab.qmp import QmpClosed, QmpError
+from nvmove.lab.sysroot import Sysroot, SysrootError, find_sysroot
+
+_FAILURES = (GuestError, TimeoutError, QmpError, QmpClosed)
+_PREFIX = "nvmove-demo-"
+_FIO = Fio("demo", blocks=2000, rate=200)
+_SAVE_AFTER = 500
+_TAG = "t1"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the story: what happens, and the function that does it and returns what it found."""
+
+    title: str
+    act: Callable[[], str]
+
+
+class Story:
+    """The steps, in order, and what they hand on to each other."""
+
+    def __init__(self, directory: Path, sysroot: Sysroot, front: Sequence[str]) -> None:
+        self.directory = directory
+        self.sysroot = sysroot
+        self.image = directory / "disk.qcow2"
+        self.machine = Machine(directory / "vm", sysroot, front)
+        self.steps = [
+            Step("boot Linux with an NVMe disk on a qcow2 image", self.boot),
+            Step("start fio in the guest: random writes, a checksum in every block", self.start_fio),
+            Step(f"savevm {_TAG}, in the midst of the writes", self.save),
+            Step("fio goes on, ends and verifies", self.verify),
+            Step("overwrite what fio wrote", self.overwrite),
+            Step(f"loadvm {_TAG} into the running VM", self.revert),
+            Step("fio, back in the midst of its writes, ends and verifies", self.verify),
+            Step("overwrite it again, then SIGKILL every process", self.kill),
+            Step(f"start new processes with -loadvm {_TAG}", self.load),
+            Step("fio, in a new QEMU on a new device, ends and verifies", self.verify),
+            Step("nothing is left running or lying about", self.leave),
+        ]
+
+    @property
+    def arguments(self) -> list[str]:
+        """QEMU's arguments for the disk and the guest."""
+        return [
+            *("-M", "q35"),
+            *("-drive", f"if=none,id=d0,file={self.image},format=qcow2"),
+            *("-device", "nvme,serial=S1,drive=d0"),
+            *self.machine.linux,
+        ]
+
+    def boot(self) -> str:
+        """Make the image and boot."""
+        qemu_img = [self.sysroot.program("qemu-img"), "create", "-q", "-f", "qcow2", str(self.image), "256M"]
+        subprocess.run(qemu_img, check=True)
+        self.machine.start(self.arguments)
+        self.machine.console.wait_boot()
+        return f"Linux {self.machine.console.check('uname -r')} on {self.sysroot.qemu_version.split('(')[0].strip()}"
+
+    def start_fio(self) -> str:
+        """Start the writes and wait until they are well under way."""
+        _FIO.start(self.machine.console)
+        wait_writes(self.machine.console, _SAVE_AFTER)
+        return f"{_SAVE_AFTER} of {_FIO.blocks} blocks are written"
+
+    def save(self) -> str:
+        """Save the VM while fio writes."""
+        if said := self.machine.qmp.hmp(f"savevm {_TAG}").strip():
+            raise GuestError(f"savevm said: {said}")
+        if _FIO.finished(self.machine.console):
+            raise GuestError("fio had ended before the VM was saved: this shows nothing")
+        listing = self.machine.qmp.hmp("info snapshots")
+        row = re.search(rf"^\S+\s+{_TAG}\s+([\d.]+ \S+)", listing, re.MULTILINE)
+        if row is None:
+            raise GuestError(f"there is no snapshot {_TAG} afterwards: {listing.strip()}")
+        return f"{row[1]} of VM state in {self.image.name}; the VM runs on"
+
+    def verify(self) -> str:
+        """Wait for fio, which fails on one wrong byte, and look for complaints in the guest's log."""
+        _FIO.wait(self.machine.console)
+        if complaints := disk_complaints(self.machine.console):
+            raise GuestError(f"the guest's kernel complains: {complaints[0]}")
+        return f"{_FIO.blocks} checksums are right; the kernel has no complaint"
+
+    def overwrite(self) -> str:
+        """Write other data over all that fio wrote."""
+        size = _FIO.blocks * _FIO.block_size
+        self.machine.console.check(
+            f"fio --name=other --filename={_FIO.device} --rw=write --bs=64k --size={size} --direct=1"
+            " --buffer_pattern=0xdeadbeef --end_fsync=1"
+        )
+        return f"{size >> 10} KiB of 0xdeadbeef"
+
+    def revert(self) -> str:
+        """Load the snapshot into the running VM; fio's end is not yet, and its blocks are as they were."""
+        if said := self.machine.qmp.hmp(f"loadvm {_TAG}").strip():
+            raise GuestError(f"loadvm said: {said}")
+        return self._in_the_midst()
+
+    def kill(self) -> str:
+        """Overwrite, and take everything away without a warning."""
+        self.overwrite()
+        return f"{len(self.machine.kill())} processes killed"
+
+    def load(self) -> str:
+        """Start the VM from the snapshot."""
+        self.machine.start([*self.arguments, "-loadvm", _TAG])
+        return self._in_the_midst()
+
+    def _in_the_midst(self) -> str:
+        if _FIO.finished(self.machine.console):
+            raise GuestError("fio has ended already: this is not the moment that was saved")
+        return f"the guest's clock says {self.machine.console.check('cut -d. -f1 /proc/uptime')} s since boot"
+
+    def leave(self) -> str:
+        """End the VM and look for what it left."""
+        status = self.machine.quit()
+        if status:
+            raise GuestError(f"the VM ended with status {status}; {self.machine.started.tail()}")
+        if left := wait_gone(self.machine.mark, 10):
+            raise GuestError(f"still running: {left[0].command} (pid {left[0].pid})")
+        files = [path for path in self.machine.directory.rglob("*") if path.name != "log" and not path.is_dir()]
+        now = Surroundings.look(self.directory)
+        if left_over := [*sorted(now.sockets), *sorted(map(str, files)), *sorted(now.shared_memory)]:
+            raise GuestError(f"left behind: {', '.join(left_over)}")
+        return "no process, no socket, no file"
+
+
+def _last_words(machine: Machine) -> str:
+    """Return why the VM is not there any more, when it is not."""
+    if machine.process_ended(within=2):
+        return f" (the VM ended with status {machine.started.wait(1)}; {machine.started.tail(4)})"
+    return ""
+
+
+def _tell(screen: Screen, machine: Machine, steps: Sequence[Step]) -> list[tuple[str, str, float]]:
+    """Do the steps until one fails; return the verdict, finding and duration in seconds of those that were done."""
+    done: list[tuple[str, str, float]] = []
+    for number, step in enumerate(steps, 1):
+        start = time.monotonic()
+        verdict = "held"
+        with screen.status(f"{number}/{len(steps)} {step.title}…"):
+            try:
+                finding = step.act()
+            except _FAILURES as error:
+                verdict, finding = "failed", f"{error}{_last_words(machine)}"
+        seconds = time.monotonic() - start
+        sign = "[green]✓[/]" if verdict == "held" else "[red]✗[/]"
+        screen.print(f"{sign} {number:2}/{len(steps)} {step.title} [dim]({seconds:.1f} s)[/]")
+        screen.print(f"        {escape(finding)}", style="" if verdict == "failed" else "dim", highlight=False)
+        done.append((verdict, finding, seconds))
+        if verdict == "failed":
+            break
+    return done
+
+
+def _table(steps: Sequence[Step], done: Sequence[tuple[str, str, float]]) -> Table:
+    table = Table(title="nvmove demo", caption=f"{sum(seconds for _, _, seconds in done):.0f} s in all")
+    table.add_column("step", justify="right")
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    table.add_column("result")
+    for number, step in enumerate(steps, 1):
+        verdict, seconds = (
+            ("not reached", "") if number > len(done) else (done[number - 1][0], f"{done[number - 1][2]:.1f}")
+        )
+        style = {"held": "green", "failed": "bold red"}.get(verdict, "dim")
+        table.add_row(str(number), step.title, seconds, f"[{style}]{verdict}[/]")
+    return table
+
+
+@contextmanager
+def _working_directory() -> Iterator[Path]:
+    """A directory that goes away at the end; also those of demos that were killed before they could."""
+    base = Path(tempfile.gettempdir())
+    for old in base.glob(f"{_PREFIX}*"):
+        pid = old.name.removeprefix(_PREFIX).split("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and old.stat().st_uid == os.geteuid():
+            shutil.rmtree(old, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the demo the way Ctrl-C does, so that it cleans up too."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nvmove demo`."""
+    parser.add_argument(
+        "--qemu-nvme",
+        action="store_true",
+        help="tell the same story on QEMU's own nvme device instead, to see the difference",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tell the story; return 0 when every step held, 1 when one did not, 130 after Ctrl-C."""
+    screen = Screen()
+    try:
+        sysroot = find_sysroot()
+    except SysrootError as error:
+        Screen(stderr=True).print(f"nvmove demo: {error}", highlight=False, soft_wrap=True, markup=False)
+        return 1
+    front = [] if args.qemu_nvme else [*nvmove_command(), "run"]
+    try:
+        with _terminate_as_interrupt(), _working_directory() as directory:
+            story = Story(directory, sysroot, front)
+            try:
+                done = _tell(screen, story.machine, story.steps)
+            finally:
+                story.machine.kill()
+    except KeyboardInterrupt:
+        screen.print("interrupted; nothing is left")
+        return 130
+    screen.print(_table(story.steps, done))
+    return 0 if len(done) == len(story.steps) and all(verdict == "held" for verdict, _, _ in done) else 1
