@@ -1,0 +1,158 @@
+"""Admin commands: the dispatcher, queue creation and deletion, Abort, Asynchronous Event Request (Base 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nvmove.nvme import features, identify, logs
+from nvmove.nvme.errors import CommandError
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.seams import DmaError
+from nvmove.nvme.spec import (
+    CC_IOCQES,
+    CC_IOSQES,
+    CQE_SIZE,
+    FUSE,
+    QUEUE_CONTIGUOUS,
+    QUEUE_INTERRUPTS,
+    SQE_SIZE,
+    Admin,
+    Status,
+    field,
+)
+
+if TYPE_CHECKING:
+    from nvmove.nvme.command import Command
+    from nvmove.nvme.controller import Controller
+
+ABORT_NOT_FOUND = 1
+"""Bit 0 of Abort's dword 0: the command was not aborted (Base 5.1)."""
+
+
+def _create_cq(controller: Controller, command: Command) -> None:
+    """Base 5.4."""
+    cqid, size = command.cdw10 & 0xFFFF, (command.cdw10 >> 16) + 1
+    vector = command.cdw11 >> 16
+    _check_id(controller, cqid, cqid in controller.cqs)
+    _check_size(controller, size, field(controller.registers.cc, CC_IOCQES), CQE_SIZE)
+    if vector >= (controller.config.msix_qsize if controller.interrupts.msix_enabled else 1):
+        raise CommandError(Status.INVALID_INTERRUPT_VECTOR)
+    address = _ring_address(controller, command)
+    with controller.lock:
+        controller.create_cq(
+            CompletionQueue(cqid, address, size, vector, irq_enabled=bool(command.cdw11 & QUEUE_INTERRUPTS))
+        )
+    command.complete()
+
+
+def _create_sq(controller: Controller, command: Command) -> None:
+    """Base 5.5."""
+    sqid, size = command.cdw10 & 0xFFFF, (command.cdw10 >> 16) + 1
+    cqid, priority = command.cdw11 >> 16, command.cdw11 >> 1 & 3
+    cq = controller.cqs.get(cqid)
+    if cq is None or cqid == 0:
+        raise CommandError(Status.INVALID_CQ)
+    _check_id(controller, sqid, sqid in controller.sqs)
+    _check_size(controller, size, field(controller.registers.cc, CC_IOSQES), SQE_SIZE)
+    address = _ring_address(controller, command)
+    with controller.lock:
+        controller.create_sq(SubmissionQueue(sqid, cq, address, size, priority))
+    command.complete()
+
+
+def _check_id(controller: Controller, qid: int, exists: bool) -> None:
+    if qid == 0 or qid > controller.config.max_ioqpairs or exists:
+        raise CommandError(Status.INVALID_QID)
+
+
+def _check_size(controller: Controller, size: int, entry_shift: int, entry_size: int) -> None:
+    """Base 3.1.3.5: a queue made before CC gives the entry size is a queue of an invalid size."""
+    if size < 2 or size > controller.config.mqes + 1 or 1 << entry_shift != entry_size:
+        raise CommandError(Status.INVALID_QUEUE_SIZE)
+
+
+def _ring_address(controller: Controller, command: Command) -> int:
+    if not command.cdw11 & QUEUE_CONTIGUOUS:  # CAP.CQR
+        raise CommandError(Status.INVALID_FIELD)
+    address = int.from_bytes(command.dptr[:8], "little")
+    if address == 0 or address & (controller.page_size - 1):
+        raise CommandError(Status.INVALID_PRP_OFFSET)
+    return address
+
+
+def _delete_cq(controller: Controller, command: Command) -> None:
+    """Base 5.6."""
+    with controller.lock:
+        cq = controller.cqs.get(command.cdw10 & 0xFFFF)
+        if cq is None or cq.cqid == 0:
+            raise CommandError(Status.INVALID_QID)
+        if cq.sqs or cq.reserved:
+            raise CommandError(Status.INVALID_QUEUE_DELETION)
+        controller.delete_cq(cq)
+    command.complete()
+
+
+def _delete_sq(controller: Controller, command: Command) -> None:
+    """Base 5.7: what was fetched completes first; what was not is never answered."""
+    with controller.lock:
+        sq = controller.sqs.get(command.cdw10 & 0xFFFF)
+        if sq is None or sq.sqid == 0:
+            raise CommandError(Status.INVALID_QID)
+        if not controller.delete_sq(sq, command.complete):
+            return
+    command.complete()
+
+
+def _abort(controller: Controller, command: Command) -> None:
+    """Base 5.1. Event requests and commands still in the ring are found; what is at the disk cannot be called back."""
+    sqid, cid = command.cdw10 & 0xFFFF, command.cdw10 >> 16
+    sq = controller.sqs.get(sqid)
+    if sq is None:
+        raise CommandError(Status.INVALID_FIELD)
+    if sqid == 0 and controller.abort_event_request(cid):
+        command.complete()
+        return
+    with controller.lock:
+        waiting = sq.waiting()
+    try:
+        found = any(int.from_bytes(controller.memory.read(address + 2, 2), "little") == cid for address in waiting)
+    except DmaError:
+        found = False
+    with controller.lock:
+        if found:
+            sq.aborted.add(cid)
+    command.complete(result=0 if found else ABORT_NOT_FOUND)
+
+
+def _async_event_request(controller: Controller, command: Command) -> None:
+    """Base 5.2: held until there is an event, beyond the limit refused."""
+    with controller.lock:
+        if not controller.events.request(command.cid):
+            raise CommandError(Status.AER_LIMIT_EXCEEDED)
+        controller.park(command)
+    controller.engine.kick(0)
+
+
+HANDLERS: dict[int, Callable[[Controller, Command], None]] = {
+    Admin.DELETE_SQ: _delete_sq,
+    Admin.CREATE_SQ: _create_sq,
+    Admin.GET_LOG_PAGE: logs.get_log_page,
+    Admin.DELETE_CQ: _delete_cq,
+    Admin.CREATE_CQ: _create_cq,
+    Admin.IDENTIFY: identify.identify,
+    Admin.ABORT: _abort,
+    Admin.SET_FEATURES: features.set_features,
+    Admin.GET_FEATURES: features.get_features,
+    Admin.ASYNC_EVENT_REQUEST: _async_event_request,
+}
+
+
+def execute(controller: Controller, command: Command) -> None:
+    """Run an admin command; raises CommandError."""
+    handler = HANDLERS.get(command.opcode)
+    if handler is None:
+        raise CommandError(Status.INVALID_OPCODE)
+    if command.flags & FUSE:
+        raise CommandError(Status.INVALID_FIELD)
+    handler(controller, command)
