@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nvmove.nvme import features, identify, logs
+from nvmove.nvme import features, identify, logs, management
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
@@ -145,6 +145,8 @@ HANDLERS: dict[int, Callable[[Controller, Command], None]] = {
     Admin.SET_FEATURES: features.set_features,
     Admin.GET_FEATURES: features.get_features,
     Admin.ASYNC_EVENT_REQUEST: _async_event_request,
+    Admin.NAMESPACE_ATTACHMENT: management.namespace_attachment,
+    Admin.FORMAT_NVM: management.format_nvm,
 }
 
 

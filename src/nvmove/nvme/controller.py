@@ -84,7 +84,7 @@ class Controller:
         self.events = EventQueue(config.aerl + 1, config.aer_max_queued)
         self.namespaces = NamespaceTable(config, backends)
         self.features = Features(config)
-        self.logs = Logs()
+        self.logs = Logs(config)
 
     # --- registers and doorbells, on the control thread --------------------------------------------------------------
 
@@ -156,6 +156,7 @@ class Controller:
         def done() -> None:
             self.registers.disable()
             self.features.reset()
+            self.namespaces.reset()
             if self.registers.enabled:
                 self._enable()
 
@@ -387,7 +388,7 @@ class Controller:
             if wanted:
                 self.in_flight += 1
         if wanted:
-            shutdown.flush_all(self.namespaces, self._flushed)
+            shutdown.flush_all((namespace.backend for namespace in self.namespaces), self._flushed)
         while self._deliver_event():
             pass
 
@@ -477,6 +478,7 @@ class Controller:
             def finish() -> None:
                 self.registers.reset()
                 self.features.reset()
+                self.namespaces.reset()
                 done()
 
             self.when_idle(finish)

@@ -105,6 +105,7 @@ class Nvm(enum.IntEnum):
     WRITE_ZEROES = 0x08
     DATASET_MANAGEMENT = 0x09
     VERIFY = 0x0C
+    COPY = 0x19
 
 
 FUSE: Final = 0x03
@@ -120,6 +121,8 @@ DSM_DEALLOCATE: Final = 1 << 2
 """Command dword 11 of Dataset Management. NVM 3.2.3."""
 DSM_RANGE: Final = struct.Struct("<IIQ")
 """Context attributes, length in logical blocks, starting LBA."""
+COPY_RANGE: Final = struct.Struct("<8xQH14x")
+"""Source range of descriptor format 0: starting LBA, 0's based number of logical blocks. NVM 3.2.2."""
 
 QUEUE_CONTIGUOUS: Final = 1 << 0
 QUEUE_INTERRUPTS: Final = 1 << 1
@@ -153,6 +156,7 @@ class Status(enum.IntEnum):
     LBA_OUT_OF_RANGE = 0x080
     CAPACITY_EXCEEDED = 0x081
     NAMESPACE_NOT_READY = 0x082
+    FORMAT_IN_PROGRESS = 0x084
     INVALID_CQ = 0x100
     INVALID_QID = 0x101
     INVALID_QUEUE_SIZE = 0x102
@@ -171,6 +175,7 @@ class Status(enum.IntEnum):
     IO_COMMAND_SET_COMBINATION_REJECTED = 0x12B
     INVALID_PROTECTION_INFORMATION = 0x181
     WRITE_TO_READ_ONLY = 0x182
+    COMMAND_SIZE_LIMIT_EXCEEDED = 0x183
     WRITE_FAULT = 0x280
     UNRECOVERED_READ_ERROR = 0x281
     COMPARE_FAILURE = 0x285
@@ -211,6 +216,7 @@ class EventType(enum.IntEnum):
 
 EVENT_INVALID_DOORBELL_REGISTER: Final = 0x00
 EVENT_INVALID_DOORBELL_VALUE: Final = 0x01
+EVENT_TRANSIENT_INTERNAL_ERROR: Final = 0x04
 EVENT_SMART_RELIABILITY: Final = 0x00
 EVENT_SMART_TEMPERATURE: Final = 0x01
 EVENT_SMART_SPARE: Final = 0x02
@@ -241,9 +247,15 @@ class Cns(enum.IntEnum):
     CSI_ALLOCATED_NAMESPACES = 0x1A
     CSI_ALLOCATED_NAMESPACE = 0x1B
     COMMAND_SETS = 0x1C
+    ALLOCATED_INDEPENDENT_NAMESPACE = 0x1F
+    """Of Base 2.1; QEMU's nvme answers it too."""
 
 
 CSI_NVM: Final = 0x00
+
+
+NAMESPACE_LIST_ENTRIES: Final = 1024
+"""Base 4.4.2."""
 
 
 class DescriptorType(enum.IntEnum):
@@ -253,6 +265,51 @@ class DescriptorType(enum.IntEnum):
     NGUID = 2
     UUID = 3
     CSI = 4
+
+
+OACS_FORMAT: Final = 1 << 1
+OACS_NAMESPACE_MANAGEMENT: Final = 1 << 3
+"""Optional Admin Command Support. Base 5.17.2.1, figure 275, as all of the following."""
+ONCS_COMPARE: Final = 1 << 0
+ONCS_DATASET_MANAGEMENT: Final = 1 << 2
+ONCS_WRITE_ZEROES: Final = 1 << 3
+ONCS_SAVE_SELECT: Final = 1 << 4
+ONCS_TIMESTAMP: Final = 1 << 6
+ONCS_VERIFY: Final = 1 << 7
+ONCS_COPY: Final = 1 << 8
+"""Optional NVM Command Support."""
+OAES_NAMESPACE: Final = 1 << 8
+"""Optional Asynchronous Events Supported."""
+CTRATT_ELBAS: Final = 1 << 15
+"""Extended LBA Formats Supported: CNS 05h has the ELBAF fields."""
+LPA_EFFECTS: Final = 1 << 1
+LPA_EXTENDED_DATA: Final = 1 << 2
+LPA_SUPPORTED_PAGES: Final = 1 << 5
+"""Log Page Attributes."""
+FRMW_ONE_READ_ONLY_SLOT: Final = 0x03
+VWC_PRESENT: Final = 1 << 0
+VWC_FLUSH_ALL: Final = 3 << 1
+"""Flush takes NSID FFFFFFFFh."""
+SGLS_SUPPORTED: Final = 0x0008_0001
+"""SGLs with no alignment demands; bit 19: the metadata pointer may be one."""
+
+NSFEAT_OPTPERF: Final = 0x30
+"""NPWG, NPWA, NPDG, NPDA and NOWS are defined, bit 5 (a later revision's): NPDGL and NPDAL too. NVM 4.1.5.1."""
+DLFEAT_ZEROES: Final = 0x01
+DLFEAT_WRITE_ZEROES_DEALLOCATES: Final = 0x08
+"""What a deallocated block reads as, and whether Write Zeroes has DEAC. NVM 4.1.5.1."""
+NMIC_SHARED: Final = 1 << 0
+NSATTR_WRITE_PROTECTED: Final = 1 << 0
+NSTAT_READY: Final = 1 << 0
+"""Base 5.17.2.8."""
+
+ATTACH: Final = 0
+DETACH: Final = 1
+"""Select of Namespace Attachment. Base 5.19."""
+CONTROLLER_LIST: Final = struct.Struct("<H2047H")
+"""Count, controller ids. Base 4.4.1."""
+FORMAT_SES_USER_DATA_ERASE: Final = 1
+"""Secure Erase Settings of Format NVM. Base 5.14."""
 
 
 # --- features: Base 5.27.1 -------------------------------------------------------------------------------------------
@@ -285,6 +342,30 @@ class Select(enum.IntEnum):
     SUPPORTED = 3
 
 
+ARBITRATION_NO_LIMIT: Final = 7
+"""Arbitration Burst. Base 5.27.1.1."""
+COMPOSITE_TEMPERATURE: Final = 323
+TEMPERATURE_WARNING: Final = 343
+TEMPERATURE_CRITICAL: Final = 373
+"""The temperature, WCTEMP and CCTEMP in kelvin, as QEMU's."""
+SENSOR_COMPOSITE: Final = 0
+SENSOR_ALL: Final = 0xF
+THRESHOLD_OVER: Final = 0
+THRESHOLD_UNDER: Final = 1
+"""Fields of Temperature Threshold. Base 5.27.1.3."""
+ERROR_RECOVERY_DULBE: Final = 1 << 16
+"""NVM 4.1.3.2."""
+COALESCING_DISABLE: Final = 1 << 16
+"""Interrupt Vector Configuration. Base 5.27.1.7."""
+TIMESTAMP: Final = struct.Struct("<Q")
+TIMESTAMP_MASK: Final = (1 << 48) - 1
+TIMESTAMP_SYNCH: Final = 1 << 48
+TIMESTAMP_ORIGIN_SHIFT: Final = 49
+TIMESTAMP_FROM_HOST: Final = 1
+"""Milliseconds, whether the clock may have stood still, where it came from. Base 5.27.1.11."""
+HOST_BEHAVIOR_SIZE: Final = 512
+"""ACRE, ETDAS, LBAFEE, one byte each, then reserved. Base 5.27.1.18."""
+
 FEATURE_SAVE: Final = 1 << 31
 FEATURE_NAMESPACE: Final = 1 << 1
 FEATURE_CHANGEABLE: Final = 1 << 2
@@ -302,9 +383,19 @@ class Log(enum.IntEnum):
     FIRMWARE_SLOT = 0x03
     CHANGED_NAMESPACES = 0x04
     COMMANDS_SUPPORTED = 0x05
+    FEATURES_SUPPORTED = 0x12
+    MI_COMMANDS_SUPPORTED = 0x13
 
 
 LOG_RETAIN_EVENT: Final = 1 << 15
+LOG_OFFSET_IS_INDEX: Final = 1 << 23
+"""Command dword 10 and 14 of Get Log Page. Base 5.16.1."""
+LOG_SUPPORTED: Final = 1 << 0
+"""Base 5.16.1.1."""
+ERROR_ENTRIES: Final = 64
+"""ELPE + 1."""
+LOCATION_NONE: Final = 0xFFFF
+"""No parameter of the command is to blame."""
 ERROR_ENTRY: Final = struct.Struct("<QHHHHQIBBxxQHB21x")
 """Error count, SQ id, command id, status field << 1, parameter location, LBA, namespace, vendor page, transport type,
 command specific, transport specific, opcode and the rest. Base 5.16.1.2."""
@@ -326,6 +417,13 @@ WARNING_PMR: Final = 1 << 5
 
 EFFECT_SUPPORTED: Final = 1 << 0
 EFFECT_CONTENT: Final = 1 << 1
+EFFECT_NAMESPACE_CAPABILITY: Final = 1 << 2
 EFFECT_NAMESPACE_INVENTORY: Final = 1 << 3
+EFFECT_CONTROLLER_CAPABILITY: Final = 1 << 4
 EFFECT_EXCLUSIVE_NAMESPACE: Final = 1 << 16
 """Commands Supported and Effects. Base figure 211."""
+FEATURE_SCOPE_NAMESPACE: Final = 1 << 20
+FEATURE_SCOPE_CONTROLLER: Final = 1 << 21
+"""Feature Identifiers Supported and Effects. Base 5.16.1.18."""
+SMART_UNIT: Final = 512 * 1000
+"""Bytes in one data unit of the SMART log. Base 5.16.1.3."""

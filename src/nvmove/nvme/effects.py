@@ -1,0 +1,85 @@
+"""What the controller supports and what it does to it: commands, features, and their effects (Base 5.16.1.6, .18).
+
+The tables are the controller's own promise; a test holds them against the handlers that exist.
+"""
+
+from __future__ import annotations
+
+from nvmove.nvme.spec import (
+    CSI_NVM,
+    EFFECT_CONTENT,
+    EFFECT_CONTROLLER_CAPABILITY,
+    EFFECT_NAMESPACE_CAPABILITY,
+    EFFECT_NAMESPACE_INVENTORY,
+    EFFECT_SUPPORTED,
+    FEATURE_SCOPE_CONTROLLER,
+    FEATURE_SCOPE_NAMESPACE,
+    Admin,
+    Feature,
+    Nvm,
+)
+
+COMMAND_SETS = (CSI_NVM,)
+
+_ADMIN = (
+    Admin.DELETE_SQ,
+    Admin.CREATE_SQ,
+    Admin.GET_LOG_PAGE,
+    Admin.DELETE_CQ,
+    Admin.CREATE_CQ,
+    Admin.IDENTIFY,
+    Admin.ABORT,
+    Admin.SET_FEATURES,
+    Admin.GET_FEATURES,
+    Admin.ASYNC_EVENT_REQUEST,
+)
+"""Commands that change no namespace."""
+
+ADMIN_EFFECTS: dict[int, int] = {
+    **dict.fromkeys(_ADMIN, EFFECT_SUPPORTED | FEATURE_SCOPE_CONTROLLER),
+    Admin.NAMESPACE_ATTACHMENT: EFFECT_SUPPORTED
+    | EFFECT_NAMESPACE_INVENTORY
+    | EFFECT_CONTROLLER_CAPABILITY
+    | FEATURE_SCOPE_NAMESPACE,
+    Admin.FORMAT_NVM: EFFECT_SUPPORTED | EFFECT_CONTENT | EFFECT_NAMESPACE_CAPABILITY | FEATURE_SCOPE_NAMESPACE,
+}
+
+_READS = EFFECT_SUPPORTED | FEATURE_SCOPE_NAMESPACE
+_WRITES = _READS | EFFECT_CONTENT
+
+IO_EFFECTS: dict[int, int] = {
+    Nvm.FLUSH: _WRITES,
+    Nvm.WRITE: _WRITES,
+    Nvm.READ: _READS,
+    Nvm.COMPARE: _READS,
+    Nvm.WRITE_ZEROES: _WRITES,
+    Nvm.DATASET_MANAGEMENT: _WRITES,
+    Nvm.VERIFY: _READS,
+    Nvm.COPY: _WRITES,
+}
+"""Those of QEMU's nvme, with the scope added: Flush counts as one that changes content there."""
+
+FEATURE_EFFECTS: dict[int, int] = {
+    feature: EFFECT_SUPPORTED
+    | (FEATURE_SCOPE_NAMESPACE if feature == Feature.ERROR_RECOVERY else FEATURE_SCOPE_CONTROLLER)
+    for feature in Feature
+}
+
+
+def _dwords(table: dict[int, int]) -> bytes:
+    return b"".join(table.get(index, 0).to_bytes(4, "little") for index in range(256))
+
+
+def commands_page() -> bytes:
+    """Return the Commands Supported and Effects log page: 256 admin commands, 256 I/O commands, 2 KiB reserved."""
+    return (_dwords(ADMIN_EFFECTS) + _dwords(IO_EFFECTS)).ljust(4096, b"\0")
+
+
+def features_page() -> bytes:
+    """Return the Feature Identifiers Supported and Effects log page."""
+    return _dwords(FEATURE_EFFECTS)
+
+
+def mi_commands_page() -> bytes:
+    """Return the NVMe-MI Commands Supported and Effects log page: none is supported."""
+    return bytes(4096)

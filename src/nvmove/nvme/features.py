@@ -1,0 +1,403 @@
+"""Features (Base 5.27.1): their values, and Get and Set Features.
+
+No value outlives a controller level reset, and none can be saved: what "saved" asks for is the default. A feature that
+QEMU's nvme does not let the guest change is fixed here too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from nvmove.block.backend import Operation
+from nvmove.nvme import events, io, state
+from nvmove.nvme.batch import Batch, Failure, Part
+from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.errors import CommandError
+from nvmove.nvme.namespace import Namespace, check_nsid
+from nvmove.nvme.spec import (
+    ALL_NAMESPACES,
+    ARBITRATION_NO_LIMIT,
+    COALESCING_DISABLE,
+    ERROR_RECOVERY_DULBE,
+    FEATURE_CHANGEABLE,
+    FEATURE_NAMESPACE,
+    FEATURE_SAVE,
+    HOST_BEHAVIOR_SIZE,
+    MAX_NAMESPACES,
+    SENSOR_ALL,
+    SENSOR_COMPOSITE,
+    TEMPERATURE_WARNING,
+    THRESHOLD_OVER,
+    THRESHOLD_UNDER,
+    TIMESTAMP,
+    TIMESTAMP_FROM_HOST,
+    TIMESTAMP_MASK,
+    TIMESTAMP_ORIGIN_SHIFT,
+    TIMESTAMP_SYNCH,
+    Feature,
+    Select,
+    Status,
+)
+
+if TYPE_CHECKING:
+    from nvmove.nvme.command import Command
+    from nvmove.nvme.controller import Controller
+
+
+class Features:
+    """The current values. `clock` gives seconds that only grow."""
+
+    def __init__(self, config: ControllerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the defaults."""
+        self.temperature_over = TEMPERATURE_WARNING
+        self.temperature_under = 0
+        self.volatile_write_cache = default_write_cache(self.config)
+        self.interrupt_coalescing = 0
+        self.coalescing_disabled: set[int] = set()
+        """Vectors; the admin queue's is never coalesced and is not listed."""
+        self.write_atomicity = 0
+        self.async_event_configuration = 0
+        self.host_behavior = bytes(HOST_BEHAVIOR_SIZE)
+        self.timestamp_origin = 0
+        self.clock_stood_still = False
+        """The time between a save and a load is not in the timestamp."""
+        self._set_timestamp(0)
+
+    @property
+    def number_of_queues(self) -> int:
+        """Dword 0 of Number of Queues: always as many as there can be, whatever the guest asks for."""
+        return (self.config.max_ioqpairs - 1) * 0x1_0001
+
+    @property
+    def timestamp_age(self) -> int:
+        """Milliseconds since the timestamp was set."""
+        return int((self.clock() - self._timestamp_set) * 1000)
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds now: since 1970 when the host has set it, else since the reset."""
+        return self._timestamp + self.timestamp_age & TIMESTAMP_MASK
+
+    def _set_timestamp(self, milliseconds: int) -> None:
+        self._timestamp = milliseconds
+        self._timestamp_set = self.clock()
+
+    def host_timestamp(self, milliseconds: int) -> None:
+        """The host sets the time."""
+        self._set_timestamp(milliseconds & TIMESTAMP_MASK)
+        self.timestamp_origin = TIMESTAMP_FROM_HOST
+        self.clock_stood_still = False
+
+    def save(self) -> state.FeaturesState:
+        """Return all values as plain data."""
+        return state.FeaturesState(
+            arbitration=ARBITRATION_NO_LIMIT,
+            temperature_over=self.temperature_over,
+            temperature_under=self.temperature_under,
+            volatile_write_cache=self.volatile_write_cache,
+            number_of_queues=self.number_of_queues,
+            interrupt_coalescing=self.interrupt_coalescing,
+            coalescing_disabled=sorted(self.coalescing_disabled),
+            write_atomicity=self.write_atomicity,
+            async_event_configuration=self.async_event_configuration,
+            timestamp=self._timestamp,
+            timestamp_age=self.timestamp_age,
+            timestamp_origin=self.timestamp_origin,
+            host_behavior=self.host_behavior,
+        )
+
+    def load(self, saved: state.FeaturesState) -> None:
+        """Replace all values by `saved`, which was checked."""
+        self.temperature_over = saved.temperature_over
+        self.temperature_under = saved.temperature_under
+        self.volatile_write_cache = saved.volatile_write_cache
+        self.interrupt_coalescing = saved.interrupt_coalescing
+        self.coalescing_disabled = set(saved.coalescing_disabled)
+        self.write_atomicity = saved.write_atomicity
+        self.async_event_configuration = saved.async_event_configuration
+        self.host_behavior = saved.host_behavior
+        self.timestamp_origin = saved.timestamp_origin
+        self.clock_stood_still = True
+        self._timestamp = saved.timestamp
+        self._timestamp_set = self.clock() - saved.timestamp_age / 1000
+
+
+def default_write_cache(config: ControllerConfig) -> int:
+    """Return the default of Volatile Write Cache: on, unless every namespace was configured without."""
+    return int(not config.namespaces or any(namespace.write_cache for namespace in config.namespaces))
+
+
+# --- Get Features ----------------------------------------------------------------------------------------------------
+
+
+def _zero(_controller: Controller, _cdw11: int) -> int:
+    return 0
+
+
+def _no_limit(_controller: Controller, _cdw11: int) -> int:
+    return ARBITRATION_NO_LIMIT
+
+
+def _number_of_queues(controller: Controller, _cdw11: int) -> int:
+    return controller.features.number_of_queues
+
+
+def _interrupt_coalescing(controller: Controller, _cdw11: int) -> int:
+    return controller.features.interrupt_coalescing
+
+
+def _write_atomicity(controller: Controller, _cdw11: int) -> int:
+    return controller.features.write_atomicity
+
+
+def _async_event(controller: Controller, _cdw11: int) -> int:
+    return controller.features.async_event_configuration
+
+
+def _temperature_threshold(controller: Controller, cdw11: int) -> int:
+    sensor, threshold = cdw11 >> 16 & 0xF, cdw11 >> 20 & 3
+    if sensor != SENSOR_COMPOSITE:  # there is no other
+        return 0
+    if threshold not in {THRESHOLD_OVER, THRESHOLD_UNDER}:
+        raise CommandError(Status.INVALID_FIELD)
+    features = controller.features
+    return features.temperature_over if threshold == THRESHOLD_OVER else features.temperature_under
+
+
+def _default_temperature_threshold(_controller: Controller, cdw11: int) -> int:
+    is_composite_over = cdw11 >> 16 & 0xF == SENSOR_COMPOSITE and cdw11 >> 20 & 3 == THRESHOLD_OVER
+    return TEMPERATURE_WARNING if is_composite_over else 0
+
+
+def _vector_configuration(controller: Controller, cdw11: int) -> int:
+    vector = cdw11 & 0xFFFF
+    disabled = vector == 0 or vector in controller.features.coalescing_disabled
+    return _check_vector(controller, vector) | (COALESCING_DISABLE if disabled else 0)
+
+
+def _default_vector_configuration(controller: Controller, cdw11: int) -> int:
+    vector = cdw11 & 0xFFFF
+    return _check_vector(controller, vector) | (COALESCING_DISABLE if vector == 0 else 0)
+
+
+def _check_vector(controller: Controller, vector: int) -> int:
+    if vector >= controller.config.max_ioqpairs + 1:
+        raise CommandError(Status.INVALID_FIELD)
+    return vector
+
+
+def _timestamp_data(controller: Controller) -> bytes:
+    features = controller.features
+    synch = TIMESTAMP_SYNCH if features.clock_stood_still else 0
+    return TIMESTAMP.pack(features.timestamp | synch | features.timestamp_origin << TIMESTAMP_ORIGIN_SHIFT)
+
+
+# --- Set Features: each may raise CommandError before it changes anything; called with the lock held -----------------
+
+
+def _set_temperature_threshold(controller: Controller, command: Command) -> None:
+    sensor, threshold = command.cdw11 >> 16 & 0xF, command.cdw11 >> 20 & 3
+    if threshold not in {THRESHOLD_OVER, THRESHOLD_UNDER}:
+        raise CommandError(Status.INVALID_FIELD)
+    if sensor not in {SENSOR_COMPOSITE, SENSOR_ALL}:  # accepted without effect, as QEMU's does: there is no such sensor
+        return
+    features, smart = controller.features, controller.logs.smart
+    before = smart.warnings(features)
+    if threshold == THRESHOLD_OVER:
+        features.temperature_over = command.cdw11 & 0xFFFF
+    else:
+        features.temperature_under = command.cdw11 & 0xFFFF
+    events.critical_warnings(controller, smart.warnings(features) & ~before)
+
+
+def _set_number_of_queues(controller: Controller, command: Command) -> None:
+    """Base 5.27.1.5: 65,535 is no number of queues, and once there are I/O queues it is too late."""
+    if 0xFFFF in {command.cdw11 & 0xFFFF, command.cdw11 >> 16}:
+        raise CommandError(Status.INVALID_FIELD)
+    if len(controller.cqs) > 1 or len(controller.sqs) > 1:
+        raise CommandError(Status.COMMAND_SEQUENCE_ERROR)
+
+
+def _set_interrupt_coalescing(controller: Controller, command: Command) -> None:
+    """Stored; the threshold and the time are the guest's hint (Base 5.27.1.6), and nothing is ever held back."""
+    controller.features.interrupt_coalescing = command.cdw11 & 0xFFFF
+
+
+def _set_vector_configuration(controller: Controller, command: Command) -> None:
+    vector = _check_vector(controller, command.cdw11 & 0xFFFF)
+    if vector == 0:  # never coalesced
+        return
+    if command.cdw11 & COALESCING_DISABLE:
+        controller.features.coalescing_disabled.add(vector)
+    else:
+        controller.features.coalescing_disabled.discard(vector)
+
+
+def _set_write_atomicity(controller: Controller, command: Command) -> None:
+    controller.features.write_atomicity = command.cdw11 & 1
+
+
+def _set_async_event(controller: Controller, command: Command) -> None:
+    controller.features.async_event_configuration = command.cdw11
+
+
+def _set_command_set_profile(_controller: Controller, command: Command) -> None:
+    if command.cdw11 & 0x1FF:
+        raise CommandError(Status.IO_COMMAND_SET_COMBINATION_REJECTED)
+
+
+def _error_recovery_value(command: Command) -> int:
+    """NVM 4.1.3.2: DULBE needs a disk that knows what is deallocated; Identify's NSFEAT does not offer it."""
+    if command.cdw11 & ERROR_RECOVERY_DULBE:
+        raise CommandError(Status.INVALID_FIELD)
+    return int(command.cdw11) & 0xFFFF
+
+
+class Definition(NamedTuple):
+    """One feature with a value in dword 0. `set`: None where it cannot be changed."""
+
+    current: Callable[[Controller, int], int]
+    """From the controller and dword 11."""
+    default: Callable[[Controller, int], int]
+    set: Callable[[Controller, Command], None] | None = None
+
+
+DEFINITIONS: dict[int, Definition] = {
+    Feature.ARBITRATION: Definition(_no_limit, _no_limit),
+    Feature.POWER_MANAGEMENT: Definition(_zero, _zero),
+    Feature.TEMPERATURE_THRESHOLD: Definition(
+        _temperature_threshold, _default_temperature_threshold, _set_temperature_threshold
+    ),
+    Feature.NUMBER_OF_QUEUES: Definition(_number_of_queues, _number_of_queues, _set_number_of_queues),
+    Feature.INTERRUPT_COALESCING: Definition(_interrupt_coalescing, _zero, _set_interrupt_coalescing),
+    Feature.INTERRUPT_VECTOR_CONFIGURATION: Definition(
+        _vector_configuration, _default_vector_configuration, _set_vector_configuration
+    ),
+    Feature.WRITE_ATOMICITY: Definition(_write_atomicity, _zero, _set_write_atomicity),
+    Feature.ASYNC_EVENT_CONFIGURATION: Definition(_async_event, _zero, _set_async_event),
+    Feature.COMMAND_SET_PROFILE: Definition(_zero, _zero, _set_command_set_profile),
+}
+"""The features of the controller whose setting is done at once; the others have functions of their own below."""
+
+_FIXED = {feature for feature, definition in DEFINITIONS.items() if definition.set is None}
+_SIZES = {Feature.TIMESTAMP: TIMESTAMP.size, Feature.HOST_BEHAVIOR_SUPPORT: HOST_BEHAVIOR_SIZE}
+"""Features whose value is a data structure, and its bytes."""
+
+
+def get_features(controller: Controller, command: Command) -> None:
+    """Get Features (Base 5.15)."""
+    feature, select = command.cdw10 & 0xFF, command.cdw10 >> 8 & 7
+    if feature not in set(Feature) or select not in set(Select):
+        raise CommandError(Status.INVALID_FIELD)
+    namespace = None
+    if feature == Feature.ERROR_RECOVERY:
+        check_nsid(command.nsid)
+        namespace = controller.namespaces.require_active(command.nsid)
+    if select == Select.SUPPORTED:
+        scope = FEATURE_NAMESPACE if feature == Feature.ERROR_RECOVERY else 0
+        command.complete(result=scope | (0 if feature in _FIXED else FEATURE_CHANGEABLE))
+        return
+    is_current = select == Select.CURRENT
+    with controller.lock:
+        result, data = _value(controller, command, feature, namespace, is_current)
+    if data:
+        command.write_data(data)
+    command.complete(result=result)
+
+
+def _value(
+    controller: Controller, command: Command, feature: int, namespace: Namespace | None, is_current: bool
+) -> tuple[int, bytes]:
+    """Return dword 0 and the data of a feature's current or default value."""
+    if definition := DEFINITIONS.get(feature):
+        return (definition.current if is_current else definition.default)(controller, command.cdw11), b""
+    if namespace is not None:
+        return namespace.error_recovery if is_current else 0, b""
+    if feature == Feature.VOLATILE_WRITE_CACHE:
+        features = controller.features
+        return features.volatile_write_cache if is_current else default_write_cache(controller.config), b""
+    if not is_current:
+        return 0, bytes(_SIZES[Feature(feature)])
+    if feature == Feature.TIMESTAMP:
+        return 0, _timestamp_data(controller)
+    return 0, controller.features.host_behavior
+
+
+def set_features(controller: Controller, command: Command) -> None:
+    """Set Features (Base 5.27)."""
+    feature = command.cdw10 & 0xFF
+    if feature not in set(Feature):
+        raise CommandError(Status.INVALID_FIELD)
+    if command.cdw10 & FEATURE_SAVE:
+        raise CommandError(Status.FEATURE_NOT_SAVEABLE)
+    if feature == Feature.ERROR_RECOVERY:
+        _set_error_recovery(controller, command)
+        return
+    if 1 <= command.nsid <= MAX_NAMESPACES:
+        raise CommandError(Status.FEATURE_NOT_NAMESPACE_SPECIFIC)
+    if command.nsid not in {0, ALL_NAMESPACES}:
+        raise CommandError(Status.INVALID_NAMESPACE)
+    if feature in _FIXED:
+        raise CommandError(Status.FEATURE_NOT_CHANGEABLE)
+    if feature == Feature.VOLATILE_WRITE_CACHE:
+        _set_write_cache(controller, command)
+        return
+    if feature in _SIZES:
+        _set_structure(controller, command, feature)
+        return
+    set_value = DEFINITIONS[feature].set
+    assert set_value is not None
+    with controller.lock:
+        set_value(controller, command)
+    command.complete(result=controller.features.number_of_queues if feature == Feature.NUMBER_OF_QUEUES else 0)
+
+
+def _set_error_recovery(controller: Controller, command: Command) -> None:
+    value = _error_recovery_value(command)
+    with controller.lock:
+        if command.nsid == ALL_NAMESPACES:
+            chosen = controller.namespaces.active
+        else:
+            chosen = [controller.namespaces.require_active(command.nsid)]
+        for namespace in chosen:
+            namespace.error_recovery = value
+    command.complete()
+
+
+def _set_structure(controller: Controller, command: Command, feature: int) -> None:
+    data = command.read_data(_SIZES[Feature(feature)])
+    with controller.lock:
+        if feature == Feature.TIMESTAMP:
+            controller.features.host_timestamp(TIMESTAMP.unpack(data)[0])
+        elif max(data[:3]) > 1 or any(data[3:]):  # each of ACRE, ETDAS, LBAFEE is 0 or 1
+            raise CommandError(Status.INVALID_FIELD)
+        else:
+            controller.features.host_behavior = data
+    command.complete()
+
+
+def _set_write_cache(controller: Controller, command: Command) -> None:
+    """Base 5.27.1.4: with the cache off every write is durable when it completes; so is, now, all that came before."""
+    value = command.cdw11 & 1
+    with controller.lock:
+        was_on = controller.features.volatile_write_cache
+        controller.features.volatile_write_cache = value
+    if value or not was_on:
+        command.complete()
+        return
+
+    def flushed(failure: Failure | None) -> None:
+        if failure is None:
+            command.complete()
+        else:
+            io.backend_failed(controller, command, failure)
+
+    writable = (namespace for namespace in controller.namespaces if not namespace.read_only)
+    Batch((Part(namespace.backend, Operation.FLUSH) for namespace in writable), flushed).start()
