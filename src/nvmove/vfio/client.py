@@ -130,7 +130,8 @@ class VfioUserClient:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with self._lock:
             sent = self._socket.sendmsg([data], ancillary)
-            self._socket.sendall(memoryview(data)[sent:])
+            if sent < len(data):
+                self._socket.sendall(memoryview(data)[sent:])
 
     # Commands.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 
 from nvmove.nvme.seams import DmaError
@@ -17,18 +16,23 @@ from nvmove.vfio.message import Command, Header
 
 log = logging.getLogger(__name__)
 
-_WINDOW = 8
-"""Messages that one transfer has under way at most."""
+# QEMU (11.1.3, found by experiment) loses of its answers what does not fit into its socket buffer, 208 KiB by default:
+# the stream is cut in the middle of a reply, or QEMU aborts. So the replies that may be unread at one time stay below.
+_MAX_READ = 32 << 10
+_MAX_UNREAD = 64 << 10
+_REPLY_OVERHEAD = 2 << 10
+"""What the kernel charges the sender for a message besides its data, bytes; generously."""
 
 
 class _Exchange:
     """One message sent, until it is answered. `failure` or `data` is set before `answered`."""
 
-    __slots__ = ("answered", "code", "count", "data", "failure")
+    __slots__ = ("answered", "code", "cost", "count", "data", "failure")
 
     def __init__(self, code: Command, count: int) -> None:
         self.code = code
         self.count = count
+        self.cost = _REPLY_OVERHEAD + (count if code is Command.DMA_READ else 0)
         self.answered = threading.Event()
         self.data = b""
         self.failure: str | None = None
@@ -51,47 +55,45 @@ class DmaChannel:
         self._send = send
         self._max_size = max_size
         self._control_thread = threading.get_ident()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._unread = 0
         self._exchanges: dict[int, _Exchange] = {}
         self._next_id = 0
         self._refusal: str | None = None
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Return `length` bytes of guest memory; raise DmaError when the client refuses or is gone."""
-        parts = []
-        under_way: deque[_Exchange] = deque()
-        for start, count in self._pieces(length):
-            under_way.append(self._start(Command.DMA_READ, address + start, count))
-            if len(under_way) == _WINDOW:
-                parts.append(under_way.popleft().wait())
-        parts.extend(exchange.wait() for exchange in under_way)
-        return b"".join(parts)
+        size = min(self._max_size, _MAX_READ)
+        exchanges = [self._start(Command.DMA_READ, address + at, count) for at, count in _pieces(length, size)]
+        return b"".join(exchange.wait() for exchange in exchanges)
 
     def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` into guest memory; on return the client has it there. Raises DmaError."""
         view = memoryview(data).cast("B")
-        under_way: deque[_Exchange] = deque()
-        for start, count in self._pieces(len(view)):
-            under_way.append(self._start(Command.DMA_WRITE, address + start, count, view[start : start + count]))
-            if len(under_way) == _WINDOW:
-                under_way.popleft().wait()
-        for exchange in under_way:
+        exchanges = [
+            self._start(Command.DMA_WRITE, address + at, count, view[at : at + count])
+            for at, count in _pieces(len(view), self._max_size)
+        ]
+        for exchange in exchanges:
             exchange.wait()
 
     def answer(self, header: Header, payload: memoryview) -> None:
         """Deliver a reply (control thread). Raises StreamError for one that answers nothing we asked."""
         with self._lock:
             exchange = self._exchanges.pop(header.id, None)
+            if exchange is not None:
+                self._unread -= exchange.cost
+                self._lock.notify_all()
         if exchange is None or exchange.code != header.command:
             raise message.StreamError(f"reply to command {header.command} that was not sent, id {header.id}")
         if header.flags & message.FLAG_ERROR:
             exchange.fail(f"the client refused {exchange.code.name}: errno {header.error}")
         elif exchange.code is Command.DMA_READ:
-            # Data is the end of the message; QEMU and the protocol's text differ in what the count before it takes.
-            if len(payload) < exchange.count:
-                exchange.fail(f"DMA_READ of {exchange.count} bytes answered with {len(payload)}")
+            data = payload[message.DMA_ACCESS_SIZE :]
+            if len(data) == exchange.count:
+                exchange.data = bytes(data)
             else:
-                exchange.data = bytes(payload[len(payload) - exchange.count :])
+                exchange.fail(f"DMA_READ of {exchange.count} bytes answered with {len(data)}")
         exchange.answered.set()
 
     def refuse(self, reason: str) -> None:
@@ -99,6 +101,7 @@ class DmaChannel:
         with self._lock:
             self._refusal = reason
             waiting = list(self._exchanges.values())
+            self._lock.notify_all()
         for exchange in waiting:
             # It stays in the table: its id is taken until the client answers.
             if not exchange.answered.is_set():
@@ -109,18 +112,15 @@ class DmaChannel:
         with self._lock:
             self._refusal = None
 
-    def _pieces(self, length: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, length, self._max_size):
-            yield start, min(self._max_size, length - start)
-
     def _start(self, code: Command, address: int, count: int, data: memoryview | bytes = b"") -> _Exchange:
         assert threading.get_ident() != self._control_thread, "the control thread would wait for itself"
         exchange = _Exchange(code, count)
         with self._lock:
+            while self._refusal is None and self._unread and self._unread + exchange.cost > _MAX_UNREAD:
+                self._lock.wait()
             if self._refusal is not None:
                 raise DmaError(self._refusal)
-            if len(self._exchanges) > 0xFFFF:
-                raise DmaError("the client answers nothing: 65536 messages are under way")
+            self._unread += exchange.cost
             while self._next_id in self._exchanges:
                 self._next_id = (self._next_id + 1) & 0xFFFF
             message_id = self._next_id
@@ -128,3 +128,8 @@ class DmaChannel:
             self._exchanges[message_id] = exchange
         self._send(message.command(message_id, code, message.dma_access_payload(address, count, data)))
         return exchange
+
+
+def _pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, size):
+        yield start, min(size, length - start)

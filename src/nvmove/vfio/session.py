@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _MAX_REFUSALS_LOGGED = 20
 """A client's: a guest can cause some of them."""
 _BEFORE_VERSION = frozenset({Command.VERSION})
+_WITH_DESCRIPTORS = frozenset({Command.DMA_MAP, Command.DEVICE_SET_IRQS})
 _WHAT = {
     message.SET_TRIGGER: IrqWhat.TRIGGER,
     message.SET_MASK: IrqWhat.MASK,
@@ -63,17 +64,13 @@ class Session:
 
     def handle(self, header: Header, payload: memoryview, fds: list[int]) -> None:
         """Do one message; takes its descriptors over. Raises StreamError when the connection must end."""
-        try:
-            if header.is_reply:
-                if self._channel is None:
-                    raise message.StreamError(f"reply to command {header.command} that was not sent")
-                self._channel.answer(header, payload)
-                return
+        if not header.is_reply:
             self._command(header, payload, fds)
-        finally:
-            # Handlers take what they use out of the list.
-            for fd in fds:
-                os.close(fd)
+            return
+        _close(fds)
+        if self._channel is None:
+            raise message.StreamError(f"reply to command {header.command} that was not sent")
+        self._channel.answer(header, payload)
 
     def close(self, done: Callable[[], None]) -> None:
         """The client is gone: fail its DMA, take its memory from the device; `done` when nothing uses it."""
@@ -85,14 +82,7 @@ class Session:
 
     def _command(self, header: Header, payload: memoryview, fds: list[int]) -> None:
         try:
-            handler = self._handlers.get(header.command)
-            if handler is None:
-                raise RequestError(errno.ENOTSUP, f"command {header.command} is not known")
-            if self._channel is None and header.command not in _BEFORE_VERSION:
-                raise RequestError(errno.EINVAL, f"{Command(header.command).name} before VERSION")
-            if fds and header.command not in {Command.DMA_MAP, Command.DEVICE_SET_IRQS}:
-                raise RequestError(errno.EINVAL, f"{Command(header.command).name} with descriptors")
-            answer = handler(header, payload, fds)
+            answer = self._answer(header, payload, fds)
         except (RequestError, OSError) as error:
             self._refuse(header, error.errno or errno.EIO, str(error))
         except Exception:
@@ -102,6 +92,19 @@ class Session:
         else:
             if answer is not None and header.wants_reply:
                 self._send(message.reply(header, answer))
+
+    def _answer(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
+        try:
+            handler = self._handlers.get(header.command)
+            if handler is None:
+                raise RequestError(errno.ENOTSUP, f"command {header.command} is not known")
+            if self._channel is None and header.command not in _BEFORE_VERSION:
+                raise RequestError(errno.EINVAL, f"{Command(header.command).name} before VERSION")
+            if fds and header.command not in _WITH_DESCRIPTORS:
+                raise RequestError(errno.EINVAL, f"{Command(header.command).name} with descriptors")
+            return handler(header, payload, fds)
+        finally:
+            _close(fds)  # what the handler did not take; before the answer, so that a client can rely on it
 
     def _refuse(self, header: Header, code: int, reason: str) -> None:
         self._refusals += 1
@@ -221,6 +224,11 @@ class Session:
         # The client's main loop, which serves DMA by message, is what waits for this reset.
         channel.refuse("the device is being reset")
         self._device.reset(done)
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def _irq_action(request: message.IrqSet, fds: list[int]) -> IrqAction:
