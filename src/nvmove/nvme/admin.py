@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nvmove.nvme import features, identify, logs, management
+from nvmove.nvme.dptr import LOCATION
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from nvmove.nvme.command import Command
     from nvmove.nvme.controller import Controller
 
+CDW10, CDW11 = 40, 44
+"""Parameter error locations: bytes in the SQE."""
 ABORT_NOT_FOUND = 1
 """Bit 0 of Abort's dword 0: the command was not aborted (Base 5.1)."""
 
@@ -34,15 +37,15 @@ def _create_cq(controller: Controller, command: Command) -> None:
     """Base 5.4."""
     cqid, size = command.cdw10 & 0xFFFF, (command.cdw10 >> 16) + 1
     vector = command.cdw11 >> 16
-    _check_id(controller, cqid, cqid in controller.cqs)
-    _check_size(controller, size, field(controller.registers.cc, CC_IOCQES), CQE_SIZE)
-    if vector >= (controller.config.msix_qsize if controller.interrupts.msix_enabled else 1):
-        raise CommandError(Status.INVALID_INTERRUPT_VECTOR)
-    address = _ring_address(controller, command)
     with controller.lock:
-        controller.create_cq(
-            CompletionQueue(cqid, address, size, vector, irq_enabled=bool(command.cdw11 & QUEUE_INTERRUPTS))
-        )
+        _check_current(command)
+        _check_id(controller, cqid, cqid in controller.cqs)
+        _check_size(controller, size, field(controller.registers.cc, CC_IOCQES), CQE_SIZE)
+        if vector >= (controller.config.msix_qsize if controller.interrupts.msix_enabled else 1):
+            raise CommandError(Status.INVALID_INTERRUPT_VECTOR, location=CDW11 + 2)
+        address = _ring_address(controller, command)
+        irq_enabled = bool(command.cdw11 & QUEUE_INTERRUPTS)
+        controller.create_cq(CompletionQueue(cqid, address, size, vector, irq_enabled))
     command.complete()
 
 
@@ -50,34 +53,40 @@ def _create_sq(controller: Controller, command: Command) -> None:
     """Base 5.5."""
     sqid, size = command.cdw10 & 0xFFFF, (command.cdw10 >> 16) + 1
     cqid, priority = command.cdw11 >> 16, command.cdw11 >> 1 & 3
-    cq = controller.cqs.get(cqid)
-    if cq is None or cqid == 0:
-        raise CommandError(Status.INVALID_CQ)
-    _check_id(controller, sqid, sqid in controller.sqs)
-    _check_size(controller, size, field(controller.registers.cc, CC_IOSQES), SQE_SIZE)
-    address = _ring_address(controller, command)
     with controller.lock:
-        controller.create_sq(SubmissionQueue(sqid, cq, address, size, priority))
+        _check_current(command)
+        cq = controller.cqs.get(cqid)
+        if cq is None or cqid == 0:
+            raise CommandError(Status.INVALID_CQ, location=CDW11 + 2)
+        _check_id(controller, sqid, sqid in controller.sqs)
+        _check_size(controller, size, field(controller.registers.cc, CC_IOSQES), SQE_SIZE)
+        controller.create_sq(SubmissionQueue(sqid, cq, _ring_address(controller, command), size, priority))
     command.complete()
+
+
+def _check_current(command: Command) -> None:
+    """A controller that was disabled meanwhile gets no queue; nobody will see this status."""
+    if command.stale:
+        raise CommandError(Status.ABORT_REQUESTED)
 
 
 def _check_id(controller: Controller, qid: int, exists: bool) -> None:
     if qid == 0 or qid > controller.config.max_ioqpairs or exists:
-        raise CommandError(Status.INVALID_QID)
+        raise CommandError(Status.INVALID_QID, location=CDW10)
 
 
 def _check_size(controller: Controller, size: int, entry_shift: int, entry_size: int) -> None:
     """Base 3.1.3.5: a queue made before CC gives the entry size is a queue of an invalid size."""
     if size < 2 or size > controller.config.mqes + 1 or 1 << entry_shift != entry_size:
-        raise CommandError(Status.INVALID_QUEUE_SIZE)
+        raise CommandError(Status.INVALID_QUEUE_SIZE, location=CDW10 + 2)
 
 
 def _ring_address(controller: Controller, command: Command) -> int:
     if not command.cdw11 & QUEUE_CONTIGUOUS:  # CAP.CQR
-        raise CommandError(Status.INVALID_FIELD)
+        raise CommandError(Status.INVALID_FIELD, location=CDW11)
     address = int.from_bytes(command.dptr[:8], "little")
-    if address == 0 or address & (controller.page_size - 1):
-        raise CommandError(Status.INVALID_PRP_OFFSET)
+    if address & (controller.page_size - 1):
+        raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
     return address
 
 
@@ -86,7 +95,7 @@ def _delete_cq(controller: Controller, command: Command) -> None:
     with controller.lock:
         cq = controller.cqs.get(command.cdw10 & 0xFFFF)
         if cq is None or cq.cqid == 0:
-            raise CommandError(Status.INVALID_QID)
+            raise CommandError(Status.INVALID_QID, location=CDW10)
         if cq.sqs or cq.reserved:
             raise CommandError(Status.INVALID_QUEUE_DELETION)
         controller.delete_cq(cq)
@@ -98,7 +107,7 @@ def _delete_sq(controller: Controller, command: Command) -> None:
     with controller.lock:
         sq = controller.sqs.get(command.cdw10 & 0xFFFF)
         if sq is None or sq.sqid == 0:
-            raise CommandError(Status.INVALID_QID)
+            raise CommandError(Status.INVALID_QID, location=CDW10)
         if not controller.delete_sq(sq, command.complete):
             return
     command.complete()
@@ -113,24 +122,36 @@ def _abort(controller: Controller, command: Command) -> None:
     if sqid == 0 and controller.abort_event_request(cid):
         command.complete()
         return
-    with controller.lock:
-        waiting = sq.waiting()
-    try:
-        found = any(int.from_bytes(controller.memory.read(address + 2, 2), "little") == cid for address in waiting)
-    except DmaError:
-        found = False
-    with controller.lock:
-        if found:
-            sq.aborted.add(cid)
+    found = _abort_waiting(controller, sq, cid)
     command.complete(result=0 if found else ABORT_NOT_FOUND)
+
+
+def _abort_waiting(controller: Controller, sq: SubmissionQueue, cid: int) -> bool:
+    """Mark the command `cid` that `sq` has not fetched yet, so that it completes as aborted when it is fetched."""
+    with controller.lock:
+        runs, first, head = sq.runs(), sq.fetched, sq.head
+    try:
+        ring = b"".join(controller.memory.read(address, count * SQE_SIZE) for address, count in runs)
+    except DmaError:
+        return False
+    entries = range(0, len(ring), SQE_SIZE)
+    index = next((n for n, at in enumerate(entries) if int.from_bytes(ring[at + 2 : at + 4], "little") == cid), None)
+    if index is None:
+        return False
+    with controller.lock:
+        if first + index < sq.fetched:  # fetched while the ring was read
+            return False
+        sq.aborted.add((head + index) % sq.size)
+    return True
 
 
 def _async_event_request(controller: Controller, command: Command) -> None:
     """Base 5.2: held until there is an event, beyond the limit refused."""
     with controller.lock:
-        if not controller.events.request(command.cid):
-            raise CommandError(Status.AER_LIMIT_EXCEEDED)
-        controller.park(command)
+        kept = command.stale or controller.events.request(command.cid)  # a stale one is dropped by park
+    if not kept:
+        raise CommandError(Status.AER_LIMIT_EXCEEDED)
+    controller.park(command)
     controller.engine.kick(0)
 
 

@@ -45,12 +45,15 @@ class Command:
         """Whether it came through the admin queue."""
         return self.sq.sqid == 0
 
-    def complete(
-        self, status: Status = Status.SUCCESS, result: int = 0, *, dnr: bool = True, more: bool = False
-    ) -> None:
+    @property
+    def stale(self) -> bool:
+        """Whether the controller was disabled or reset since it was fetched: it must do nothing more."""
+        return self.sq.epoch != self.controller.epoch
+
+    def complete(self, status: int = Status.SUCCESS, result: int = 0, *, dnr: bool = True, more: bool = False) -> None:
         """Post the completion, exactly once, from any thread but the control thread.
 
-        `result` is dword 0; `dnr` and `more` count only with an error `status`.
+        `result` is dwords 0 and 1; `dnr` and `more` count only with an error `status`.
         """
         self.controller.complete(self, status, result, dnr=dnr, more=more)
 
@@ -62,7 +65,7 @@ class Command:
             segments = dptr.resolve(self, length, self.controller.page_size, self.controller.memory)
             return self.controller.memory.acquire(segments, to_guest)
         except DmaError:
-            raise CommandError(Status.DATA_TRANSFER_ERROR) from None
+            raise CommandError(Status.DATA_TRANSFER_ERROR, location=dptr.LOCATION) from None
 
     def read_data(self, length: int) -> bytes:
         """Return `length` bytes of what the host gave with the command; raise CommandError."""
@@ -70,7 +73,7 @@ class Command:
         try:
             return b"".join(transfer.buffers)
         finally:
-            transfer.finish()
+            transfer.finish(commit=False)
 
     def write_data(self, data: bytes) -> None:
         """Store `data` where the host asked for it; raise CommandError."""

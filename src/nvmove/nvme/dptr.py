@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MAX_SGL_DESCRIPTORS = 8192
 """Across all segments of one command; a longer list (or a loop of segments) is refused."""
 
+LOCATION = 24
+"""Where in the SQE the data pointer is, for the Error Information log."""
+
 
 class Reader(Protocol):
     """Guest memory, for lists and segments."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.spec import (
+    AQA_WRITABLE,
     CAP_CQR,
+    CAP_CRWMS,
     CAP_CSS_MULTIPLE,
     CAP_CSS_NVM,
     CAP_MPSMAX_SHIFT,
@@ -13,7 +15,9 @@ from nvmove.nvme.spec import (
     CC_EN,
     CC_MPS,
     CC_SHN,
+    CSTS_CFS,
     CSTS_RDY,
+    CSTS_SHST,
     PAGE,
     VERSION_2_0,
     Register,
@@ -40,6 +44,7 @@ class Registers:
             | CAP_CSS_NVM
             | CAP_CSS_MULTIPLE
             | MPSMAX << CAP_MPSMAX_SHIFT
+            | CAP_CRWMS
         )
         self.vs = VERSION_2_0
         self.reset()
@@ -55,7 +60,7 @@ class Registers:
 
     def read(self, offset: int, size: int) -> int:
         """Return `size` bytes at `offset` below 0x1000; what no register covers reads as zero."""
-        image = bytearray(0x38)
+        image = bytearray(Register.CRTO + 4)
         for register, length, value in (
             (Register.CAP, 8, self.cap),
             (Register.VS, 4, self.vs),
@@ -66,9 +71,14 @@ class Registers:
             (Register.AQA, 4, self.aqa),
             (Register.ASQ, 8, self.asq),
             (Register.ACQ, 8, self.acq),
+            (Register.CRTO, 4, TIMEOUT),
         ):
             image[register : register + length] = value.to_bytes(length, "little")
         return int.from_bytes(image[offset : offset + size], "little")
+
+    def write_aqa(self, value: int) -> None:
+        """Store the sizes of the admin queues."""
+        self.aqa = value & AQA_WRITABLE
 
     def write_address(self, offset: int, size: int, value: int) -> None:
         """Store into ASQ or ACQ, whole or one half."""
@@ -92,6 +102,25 @@ class Registers:
         return bool(self.csts & CSTS_RDY)
 
     @property
+    def failed(self) -> bool:
+        """CSTS.CFS."""
+        return bool(self.csts & CSTS_CFS)
+
+    @property
+    def shutdown_status(self) -> int:
+        """CSTS.SHST, in place: 0, CSTS_SHST_OCCURRING or CSTS_SHST_COMPLETE."""
+        return self.csts & CSTS_SHST
+
+    def set_shutdown_status(self, status: int) -> None:
+        """Set CSTS.SHST."""
+        self.csts = self.csts & ~CSTS_SHST | status
+
+    @property
+    def runs(self) -> bool:
+        """Whether commands are fetched. Nothing else says so: a restored controller runs because its registers do."""
+        return self.enabled and self.ready and not self.failed and not self.shutdown_status
+
+    @property
     def shutdown_notification(self) -> int:
         """CC.SHN."""
         return field(self.cc, CC_SHN)
@@ -99,7 +128,12 @@ class Registers:
     @property
     def page_size(self) -> int:
         """The memory page size in bytes that CC.MPS selects."""
-        return PAGE << field(self.cc, CC_MPS)
+        return self.page_size_of(self.cc)
+
+    @staticmethod
+    def page_size_of(cc: int) -> int:
+        """The memory page size in bytes that `cc` selects."""
+        return PAGE << field(cc, CC_MPS)
 
     @property
     def admin_sizes(self) -> tuple[int, int]:

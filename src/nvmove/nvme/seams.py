@@ -9,7 +9,7 @@ Rules that every implementation and every caller keeps:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -68,6 +68,9 @@ class Engine(Protocol):
 
     One queue is run by one thread at a time; different queues may run at once.
     """
+
+    def bind(self, run: Callable[[int], None]) -> None:
+        """`run(sqid)` is what runs a queue; the controller calls this once, before any `attach`."""
 
     def attach(self, sqid: int) -> None:
         """Submission queue `sqid` exists from now on."""

@@ -35,6 +35,7 @@ class Register(enum.IntEnum):
     AQA = 0x24
     ASQ = 0x28
     ACQ = 0x30
+    CRTO = 0x68
 
 
 REGISTER_END: Final = 0x1000
@@ -51,6 +52,11 @@ CAP_TO_SHIFT: Final = 24
 CAP_CSS_NVM: Final = 1 << 37
 CAP_CSS_MULTIPLE: Final = 1 << 43
 CAP_MPSMAX_SHIFT: Final = 52
+CAP_CRWMS: Final = 1 << 59
+"""Ready With Media is supported, which 2.0 demands: RDY means that the disks are there, within CRTO.CRWMT."""
+
+AQA_WRITABLE: Final = 0x0FFF_0FFF
+"""Both sizes, 0's based: submission queue low, completion queue high. Base 3.1.3.8."""
 
 CC_EN: Final = 1 << 0
 CC_CSS: Final = 0x70
@@ -187,8 +193,8 @@ STATUS_DNR: Final = 1 << 14
 
 # --- completion queue entry: Base 3.3.3.2 ----------------------------------------------------------------------------
 
-CQE: Final = struct.Struct("<IIHHHH")
-"""Result (dword 0), dword 1, SQ head, SQ id, command id, phase | Status Field << 1."""
+CQE: Final = struct.Struct("<QHHHH")
+"""Result (dwords 0 and 1), SQ head, SQ id, command id, phase | Status Field << 1."""
 assert CQE.size == CQE_SIZE
 
 # --- PRP and SGL: Base 4.1.1, 4.1.2 ----------------------------------------------------------------------------------

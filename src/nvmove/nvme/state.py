@@ -34,7 +34,7 @@ class SubmissionQueueState:
     tail: int
     priority: int = 0
     aborted: list[int] = field(default_factory=list)
-    """Command ids in the ring that an Abort found."""
+    """Ring positions, between head and tail, of commands that an Abort found; ascending."""
 
 
 @dataclass(slots=True)

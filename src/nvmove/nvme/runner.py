@@ -1,0 +1,191 @@
+"""The way of a command: fetched with a permit, executed, completed. On the engine's threads and the back ends'.
+
+The lock is held only to look at and change state: guest memory and disks are touched with the lock released. What was
+fetched before a disable or reset (an older epoch) ends without a trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nvmove.nvme import admin, io, shutdown
+from nvmove.nvme.activity import Callback
+from nvmove.nvme.command import Command
+from nvmove.nvme.errors import CommandError
+from nvmove.nvme.queue import SubmissionQueue
+from nvmove.nvme.seams import DmaError
+from nvmove.nvme.spec import (
+    CQE,
+    CSTS_SHST_COMPLETE,
+    CSTS_SHST_OCCURRING,
+    SQE_SIZE,
+    STATUS_DNR,
+    STATUS_MORE,
+    Status,
+)
+
+if TYPE_CHECKING:
+    from nvmove.nvme.controller import Controller
+
+log = logging.getLogger(__name__)
+
+BATCH = 16
+"""Entries fetched at once: a read of 1 KiB costs what a read of 64 bytes costs."""
+
+
+class Runner:
+    """Runs the submission queues of one controller."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._lock = controller.lock
+        self._activity = controller.activity
+
+    def run(self, sqid: int) -> None:
+        """Run submission queue `sqid` until it is empty, its completion queue is full, or the controller stops."""
+        if sqid == 0:
+            self._shut_down()
+            self._deliver_events()
+        while (work := self._start(sqid)) is not None:
+            sq, address, count = work
+            try:
+                entries = self._controller.memory.read(address, count * SQE_SIZE)
+            except DmaError:
+                self._controller.fatal(f"submission queue {sqid} is not in guest memory")
+                self._leave(sq, count)
+                return
+            for command, aborted in self._fetched(sq, count, entries):
+                if command.stale:
+                    self._leave(sq)
+                elif aborted:
+                    command.complete(Status.ABORT_REQUESTED, dnr=False)
+                else:
+                    self._execute(command)
+
+    def _start(self, sqid: int) -> tuple[SubmissionQueue, int, int] | None:
+        """Take permits for the next entries of the queue; they count as in flight from now on."""
+        with self._lock:
+            sq = self._controller.sqs.get(sqid)
+            if sq is None or not self._controller.runs:
+                return None
+            count = sq.cq.reserve(min(sq.contiguous, BATCH))
+            if count == 0:
+                return None
+            self._activity.enter(sq, count)
+            return sq, sq.head_address, count
+
+    def _fetched(self, sq: SubmissionQueue, count: int, entries: bytes) -> list[tuple[Command, bool]]:
+        """Move the head over what was read, unless the queue or the controller stopped meanwhile."""
+        with self._lock:
+            if self._controller.sqs.get(sq.sqid) is sq and self._controller.runs:
+                hits = sq.advance(count)
+                parts = (entries[at : at + SQE_SIZE] for at in range(0, count * SQE_SIZE, SQE_SIZE))
+                return [(Command(self._controller, sq, part), hit) for part, hit in zip(parts, hits, strict=True)]
+            sq.cq.release(count)
+        self._leave(sq, count)
+        return []
+
+    def _execute(self, command: Command) -> None:
+        try:
+            if command.is_admin:
+                admin.execute(self._controller, command)
+            else:
+                io.execute(self._controller, command)
+        except CommandError as error:
+            self._controller.command_failed(command, error)
+            command.complete(error.status, dnr=error.dnr, more=True)
+        except Exception:
+            log.exception("%r failed inside nvmove", command)
+            command.complete(Status.INTERNAL_ERROR, dnr=False)
+
+    def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
+        """Post `command`'s completion; `Command.complete` says the rest."""
+        with self._lock:
+            if command.completed:
+                log.error("%r was completed twice", command)
+                return
+            command.completed = True
+        if status:
+            status |= STATUS_DNR * dnr | STATUS_MORE * more
+        self._post(command.sq, command.cid, status, result)
+
+    def _post(self, sq: SubmissionQueue, cid: int, status: int, result: int) -> None:
+        """Write a completion into the slot that a permit holds, and tell the host."""
+        controller, cq = self._controller, sq.cq
+        with cq.posting:
+            with self._lock:
+                dead = sq.epoch != controller.epoch or controller.registers.failed
+                address, entry = cq.tail_address, CQE.pack(result, sq.head, sq.sqid, cid, status << 1 | cq.phase)
+            if not dead:
+                try:
+                    controller.memory.write(address, entry)
+                except DmaError:
+                    controller.fatal(f"completion queue {cq.cqid} is not in guest memory")
+                else:
+                    with self._lock:
+                        cq.advance()
+                        if sq.epoch == controller.epoch:
+                            controller.notify(cq)
+        self._leave(sq)
+
+    def _leave(self, sq: SubmissionQueue | None, count: int = 1) -> None:
+        with self._lock:
+            after = self._activity.leave(sq, count)
+        call(after)
+
+    def park(self, command: Command) -> None:
+        """Let an Asynchronous Event Request wait: it holds no permit and is not in flight any more."""
+        with self._lock:
+            command.completed = True
+            command.sq.cq.release()
+            after = self._activity.leave(command.sq)
+        call(after)
+
+    def abort_event_request(self, cid: int) -> bool:
+        """Complete the outstanding Asynchronous Event Request `cid` as aborted; return whether there was one."""
+        with self._lock:
+            sq = self._controller.sqs.get(0)
+            if sq is None or not sq.cq.reserve():
+                return False
+            if not self._controller.events.abort(cid):
+                sq.cq.release()
+                return False
+            self._activity.enter(sq)
+        self._post(sq, cid, Status.ABORT_REQUESTED, 0)
+        return True
+
+    def _deliver_events(self) -> None:
+        while True:
+            with self._lock:
+                sq = self._controller.sqs.get(0)
+                events = self._controller.events
+                if sq is None or not self._controller.runs or not events.deliverable or not sq.cq.reserve():
+                    return
+                cid, event = events.deliver()
+                self._activity.enter(sq)
+            self._post(sq, cid, Status.SUCCESS, event.kind | event.info << 8 | event.log << 16)
+
+    def _shut_down(self) -> None:
+        """CC.SHN, once nothing is in flight: what the write caches hold goes to the disks (Base 3.6)."""
+        with self._lock:
+            registers = self._controller.registers
+            wanted = registers.ready and registers.shutdown_status == CSTS_SHST_OCCURRING and not registers.failed
+            if not wanted or self._controller.paused or self._activity.count:
+                return
+            self._activity.enter()
+            epoch = self._controller.epoch
+
+        def flushed() -> None:
+            with self._lock:
+                if epoch == self._controller.epoch and registers.shutdown_status == CSTS_SHST_OCCURRING:
+                    registers.set_shutdown_status(CSTS_SHST_COMPLETE)
+            self._leave(None)
+
+        shutdown.flush_all((namespace.backend for namespace in self._controller.namespaces), flushed)
+
+
+def call(callbacks: list[Callback]) -> None:
+    """Call what `Activity` returned; the lock must be released."""
+    for callback in callbacks:
+        callback()

@@ -1,0 +1,321 @@
+"""Saving, checking and loading a controller's state.
+
+`check` looks at all of a state before `load` touches anything: a state is refused when it contradicts itself or was
+saved by a controller of another configuration. `load` starts from a controller without queues and rebuilds them through
+the same functions that the guest's own commands use; then it overlays the ring positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nvmove.nvme.errors import StateError
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.registers import Registers
+from nvmove.nvme.spec import (
+    CC_WRITABLE,
+    CHANGED_NAMESPACES_MAX,
+    CSTS_CFS,
+    CSTS_RDY,
+    CSTS_SHST,
+    ERROR_ENTRIES,
+    HOST_BEHAVIOR_SIZE,
+    MAX_NAMESPACES,
+    EventType,
+)
+from nvmove.nvme.state import (
+    CompletionQueueState,
+    ControllerState,
+    IdentityState,
+    NamespaceState,
+    SubmissionQueueState,
+)
+
+if TYPE_CHECKING:
+    from nvmove.nvme.controller import Controller
+
+U16, U32, U64 = 1 << 16, 1 << 32, 1 << 64
+ADOPTED = {"firmware_version"}
+"""What the loading controller takes from the state: QEMU's version, which Identify shows, may be another here."""
+
+
+def save(controller: Controller) -> ControllerState:
+    """Return the state of a controller that is idle. With the lock held."""
+    config, registers = controller.config, controller.registers
+    smart, errors, changed = controller.logs.save()
+    return ControllerState(
+        identity=IdentityState(
+            serial=config.serial,
+            model=config.model,
+            firmware_version=config.firmware_version,
+            cap=registers.cap,
+            version=registers.vs,
+            max_ioqpairs=config.max_ioqpairs,
+            msix_qsize=config.msix_qsize,
+            mdts=config.mdts,
+            aerl=config.aerl,
+            cntlid=config.cntlid,
+            use_intel_id=config.use_intel_id,
+        ),
+        cc=registers.cc,
+        csts=registers.csts,
+        intms=registers.intms,
+        aqa=registers.aqa,
+        asq=registers.asq,
+        acq=registers.acq,
+        irq_status=controller.irq_status,
+        sqs=[_save_sq(controller.sqs[sqid]) for sqid in sorted(controller.sqs)],
+        cqs=[_save_cq(controller.cqs[cqid]) for cqid in sorted(controller.cqs)],
+        events=controller.events.save(),
+        features=controller.features.save(),
+        smart=smart,
+        error_log=errors,
+        changed_namespaces=changed,
+        namespaces=[namespace.save() for namespace in controller.namespaces],
+    )
+
+
+def _save_sq(sq: SubmissionQueue) -> SubmissionQueueState:
+    return SubmissionQueueState(
+        sqid=sq.sqid,
+        cqid=sq.cq.cqid,
+        address=sq.address,
+        size=sq.size,
+        head=sq.head,
+        tail=sq.tail,
+        priority=sq.priority,
+        aborted=sorted(sq.aborted),
+    )
+
+
+def _save_cq(cq: CompletionQueue) -> CompletionQueueState:
+    return CompletionQueueState(
+        cqid=cq.cqid,
+        address=cq.address,
+        size=cq.size,
+        head=cq.head,
+        tail=cq.tail,
+        phase=cq.phase,
+        vector=cq.vector,
+        irq_enabled=cq.irq_enabled,
+    )
+
+
+def load(controller: Controller, state: ControllerState) -> None:
+    """Take over `state`, which was checked, in a controller without queues. With the lock held."""
+    adopted = {name: getattr(state.identity, name) for name in ADOPTED}
+    controller.config = msgspec.structs.replace(controller.config, **adopted)
+    registers = controller.registers
+    registers.cc, registers.csts, registers.intms = state.cc, state.csts, state.intms
+    registers.aqa, registers.asq, registers.acq = state.aqa, state.asq, state.acq
+    for saved in state.cqs:
+        cq = CompletionQueue(saved.cqid, saved.address, saved.size, saved.vector, saved.irq_enabled)
+        controller.create_cq(cq)
+        cq.head, cq.tail, cq.phase = saved.head, saved.tail, saved.phase
+    for sub in state.sqs:
+        sq = SubmissionQueue(sub.sqid, controller.cqs[sub.cqid], sub.address, sub.size, sub.priority)
+        controller.create_sq(sq)
+        sq.head, sq.tail, sq.aborted = sub.head, sub.tail, set(sub.aborted)
+    controller.events.load(state.events)
+    controller.features.load(state.features)
+    controller.logs.load(state.smart, state.error_log, state.changed_namespaces)
+    for namespace in state.namespaces:
+        live = controller.namespaces.get(namespace.nsid)
+        assert live is not None  # checked
+        live.load(namespace)
+    controller.drive_pin()
+
+
+# --- checks: each raises StateError with the name of what is wrong ---------------------------------------------------
+
+
+def check(controller: Controller, state: ControllerState) -> None:
+    """Raise StateError unless `state` is whole and fits `controller`."""
+    _check_identity(controller, state)
+    _check_registers(controller, state)
+    _check_queues(controller, state)
+    _check_events(controller, state)
+    _check_data(state)
+    _check_namespaces(controller, state.namespaces)
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise StateError(what)
+
+
+def _range(name: str, value: int, end: int, start: int = 0) -> None:
+    if not start <= value < end:
+        raise StateError(f"{name} is {value}, outside {start}…{end - 1}")
+
+
+def _check_identity(controller: Controller, state: ControllerState) -> None:
+    """The guest has seen these: they must be here what they were there."""
+    here = asdict(save(controller).identity)
+    for name, value in asdict(state.identity).items():
+        if name in ADOPTED:
+            _require(len(value) <= 8 and value.isascii(), f"{name} is {value!r}, not 8 ASCII characters")
+        elif value != here[name]:
+            raise StateError(f"{name} is {_text(name, here[name])} here, and was {_text(name, value)} when saved")
+
+
+def _text(name: str, value: object) -> str:
+    return f"{value:#x}" if name in {"cap", "version"} else repr(value)
+
+
+def _check_registers(controller: Controller, state: ControllerState) -> None:
+    _require(state.cc & ~CC_WRITABLE == 0, f"cc is {state.cc:#x}, with reserved bits")
+    _require(state.csts & ~(CSTS_RDY | CSTS_CFS | CSTS_SHST) == 0, f"csts is {state.csts:#x}, with reserved bits")
+    _require(state.csts & CSTS_SHST != CSTS_SHST, "csts has the reserved shutdown status")
+    _range("intms", state.intms, U32)
+    _range("asq", state.asq, U64)
+    _range("acq", state.acq, U64)
+    registers = Registers(controller.config)
+    registers.write_aqa(state.aqa)
+    _require(registers.aqa == state.aqa, f"aqa is {state.aqa:#x}, with reserved bits")
+    registers.cc, registers.asq, registers.acq = state.cc, state.asq, state.acq
+    if not state.csts & CSTS_RDY:
+        _require(not state.sqs and not state.cqs, "there are queues, and csts is not ready")
+        _require(not state.events.outstanding, "there are event requests, and csts is not ready")
+        failed = bool(state.csts & CSTS_CFS)
+        _require(not registers.enabled or failed, "cc is enabled, and csts neither ready nor failed")
+        return
+    _require(registers.enabled, "csts is ready, and cc not enabled")
+    fault = registers.enable_fault()
+    _require(fault is None, f"csts is ready, and yet {fault}")
+    sizes = registers.admin_sizes
+    for name, queues, address, size in (("sq", state.sqs, state.asq, sizes[0]), ("cq", state.cqs, state.acq, sizes[1])):
+        _require(bool(queues), f"csts is ready, and there is no admin {name}")
+        admin = queues[0]
+        found = (admin.address, admin.size)
+        _require(found == (address, size), f"{name} 0 is not where aqa and a{name} say")
+
+
+def _check_queues(controller: Controller, state: ControllerState) -> None:
+    limit = controller.config.max_ioqpairs + 1
+    _check_order("cqs", [cq.cqid for cq in state.cqs], limit)
+    _check_order("sqs", [sq.sqid for sq in state.sqs], limit)
+    page = controller.registers.page_size_of(state.cc)
+    for cq in state.cqs:
+        name = f"cq {cq.cqid}"
+        _check_ring(controller, name, cq, page, is_admin=cq.cqid == 0)
+        _range(f"{name}: phase", cq.phase, 2)
+        _range(f"{name}: vector", cq.vector, controller.config.msix_qsize)
+    cqids = {cq.cqid for cq in state.cqs}
+    for sq in state.sqs:
+        name = f"sq {sq.sqid}"
+        _check_ring(controller, name, sq, page, is_admin=sq.sqid == 0)
+        _require(sq.cqid in cqids, f"{name}: cqid is {sq.cqid}, which does not exist")
+        _require((sq.sqid == 0) == (sq.cqid == 0), f"{name}: cqid is {sq.cqid}")
+        _range(f"{name}: priority", sq.priority, 4)
+        waiting = (sq.tail - sq.head) % sq.size
+        for position in sq.aborted:
+            _range(f"{name}: aborted", position, sq.size)
+            _require(
+                (position - sq.head) % sq.size < waiting, f"{name}: aborted {position} is not between head and tail"
+            )
+
+
+def _check_order(name: str, ids: list[int], limit: int) -> None:
+    for qid in ids:
+        _range(name, qid, limit)
+    _require(ids == sorted(set(ids)), f"{name} are not in ascending order")
+    _require(not ids or ids[0] == 0, f"{name} lack the admin queue")
+
+
+def _check_ring(
+    controller: Controller, name: str, queue: SubmissionQueueState | CompletionQueueState, page: int, is_admin: bool
+) -> None:
+    limit = 4096 if is_admin else controller.config.mqes + 1
+    _range(f"{name}: size", queue.size, limit + 1, 2)
+    _range(f"{name}: head", queue.head, queue.size)
+    _range(f"{name}: tail", queue.tail, queue.size)
+    _range(f"{name}: address", queue.address, U64)
+    _require(queue.address % page == 0, f"{name}: address {queue.address:#x} is not aligned to a memory page")
+
+
+def _check_events(controller: Controller, state: ControllerState) -> None:
+    events = state.events
+    _require(len(events.outstanding) <= controller.events.limit, "events: more requests outstanding than aerl allows")
+    _require(len(events.queued) <= controller.events.max_queued, "events: more queued than aer_max_queued allows")
+    for cid in events.outstanding:
+        _range("events: outstanding", cid, U16)
+    kinds = {int(kind) for kind in EventType}
+    for event in events.queued:
+        _require(event.kind in kinds, f"events: queued type {event.kind} does not exist")
+        _range("events: information", event.info, 256)
+        _range("events: log page", event.log, 256)
+    for kind in events.masked:
+        _require(kind in kinds, f"events: masked type {kind} does not exist")
+
+
+def _check_data(state: ControllerState) -> None:
+    features = state.features
+    _require(len(features.host_behavior) == HOST_BEHAVIOR_SIZE, "features: host_behavior is not 512 bytes")
+    _range("features: volatile_write_cache", features.volatile_write_cache, 2)
+    for name in ("temperature_over", "temperature_under", "interrupt_coalescing"):
+        _range(f"features: {name}", getattr(features, name), U16)
+    _range("features: async_event_configuration", features.async_event_configuration, U32)
+    for vector in features.coalescing_disabled:
+        _range("features: coalescing_disabled", vector, state.identity.max_ioqpairs + 1)
+    _all_positive("smart", asdict(state.smart))
+    _require(len(state.error_log) <= ERROR_ENTRIES, "error_log has too many entries")
+    for entry in state.error_log:
+        _all_positive("error_log", asdict(entry))
+    _require(len(state.changed_namespaces) <= CHANGED_NAMESPACES_MAX, "changed_namespaces has too many entries")
+    for nsid in state.changed_namespaces:
+        _range("changed_namespaces", nsid, MAX_NAMESPACES + 1, 1)
+
+
+def _all_positive(name: str, values: dict[str, int]) -> None:
+    for field, value in values.items():
+        _range(f"{name}: {field}", value, 1 << 128)
+
+
+def _check_namespaces(controller: Controller, saved: Iterable[NamespaceState]) -> None:
+    here = {namespace.nsid: namespace for namespace in controller.namespaces}
+    for state in saved:
+        name = f"namespace {state.nsid}"
+        live = here.pop(state.nsid, None)
+        if live is None:
+            raise StateError(f"{name} is not here, or twice in the state")
+        now = live.save()
+        for field in ("uuid", "nguid", "eui64"):
+            there, this = getattr(state, field), getattr(now, field)
+            _require(there == this, f"{name}: {field} is {_identity(this)} here, and was {_identity(there)} when saved")
+        _require(
+            state.read_only == now.read_only,
+            f"{name} is {_access(now.read_only)} here, and was {_access(state.read_only)} when saved",
+        )
+        shifts = {entry.shift for entry in live.formats if entry.shift}
+        _require(
+            state.block_shift in shifts, f"{name}: a block size of 2^{state.block_shift} bytes is not offered here"
+        )
+        blocks = live.backend.size >> state.block_shift
+        _require(state.blocks == blocks, f"{name} has {blocks} blocks here, and had {state.blocks} when saved")
+    for nsid in here:
+        raise StateError(f"namespace {nsid} is not in the state")
+
+
+def _identity(value: bytes | int) -> str:
+    return value.hex() if isinstance(value, bytes) else f"{value:#x}"
+
+
+def _access(read_only: bool) -> str:
+    return "read-only" if read_only else "writable"
+
+
+def inspect(controller: Controller) -> dict[str, Any]:
+    """Return the state and what is under way as a tree of plain values. With the lock held; also while it runs."""
+    tree = asdict(save(controller))
+    tree["live"] = {
+        "runs": controller.runs,
+        "paused": controller.paused,
+        "resetting": bool(controller.resetting),
+        "in_flight": {sqid: sq.in_flight for sqid, sq in sorted(controller.sqs.items())},
+    }
+    return tree
