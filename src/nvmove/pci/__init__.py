@@ -1,1 +1,1 @@
-"""The PCI function: configuration space (`config`), interrupt lines (`interrupts`) and their saved state."""
+"""The PCI function: configuration space (`config`) and interrupt lines (`interrupts`)."""

@@ -10,9 +10,9 @@ Not here: what BARs and COMMAND do. QEMU maps the BARs by its own copy of these 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 from nvmove.nvme.config import ControllerConfig
+from nvmove.vmstate.schema import StateError
 
 CONFIG_SIZE = 4096
 """PCI Express configuration space, bytes (PCIe Base 4.0 §7.2.1)."""
@@ -92,29 +92,22 @@ class ConfigSpace:
         """Return all 4096 bytes."""
         return bytes(self._data)
 
-    def check(self, saved: bytes) -> str | None:
-        """Say why `saved` cannot be this function's, None when it can: read-only bits are the configuration."""
+    def check(self, saved: bytes) -> None:
+        """Raise StateError when `saved` cannot be this function's: its read-only bits are the configuration."""
         if len(saved) != CONFIG_SIZE:
-            return f"PCI configuration space of {len(saved)} bytes, expected {CONFIG_SIZE}"
-        for offset, ours, theirs in _differences(self._initial, saved, self._writable):
-            return f"PCI configuration space differs at {offset:#x}: {theirs:#04x} saved, {ours:#04x} here"
-        return None
+            raise StateError(f"PCI configuration space of {len(saved)} bytes, expected {CONFIG_SIZE}")
+        for offset, (ours, theirs, writable) in enumerate(zip(self._initial, saved, self._writable, strict=True)):
+            if (ours ^ theirs) & ~writable:
+                where = f"PCI configuration space at {offset:#x}"
+                raise StateError(f"{where} is {ours:#04x} here, and was {theirs:#04x} when saved")
 
     def load(self, saved: bytes) -> None:
-        """Take over saved bytes. Raises ValueError where `check` finds fault; nothing is changed then."""
-        fault = self.check(saved)
-        if fault is not None:
-            raise ValueError(fault)
+        """Take over saved bytes. Raises StateError, with nothing changed, where `check` does."""
+        self.check(saved)
         self._data[:] = saved
 
     def _word(self, offset: int) -> int:
         return int.from_bytes(self._data[offset : offset + 2], "little")
-
-
-def _differences(ours: bytes, theirs: bytes, writable: bytes) -> Iterator[tuple[int, int, int]]:
-    for offset, (a, b, mask) in enumerate(zip(ours, theirs, writable, strict=True)):
-        if (a ^ b) & ~mask:
-            yield offset, a, b
 
 
 def _initial(config: ControllerConfig, layout: BarLayout) -> bytearray:

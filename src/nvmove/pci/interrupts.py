@@ -13,7 +13,7 @@ import select
 import threading
 from collections.abc import Callable, Iterable
 
-from nvmove.vfio.device import INTX, MSIX, IrqAction, IrqWhat
+from nvmove.vfio.device import ERROR, INTX, MSIX, IrqAction, IrqWhat
 
 
 class InterruptLines:
@@ -57,7 +57,9 @@ class InterruptLines:
         except OSError:
             _close(action.fds)
             raise
-        if index == INTX:
+        if index == ERROR:
+            _close(action.fds)  # no error of ours calls for it: an NVMe controller has CSTS.CFS
+        elif index == INTX:
             self._set_intx(action)
         else:
             with self._lock:
@@ -112,11 +114,11 @@ class InterruptLines:
             self._drive()
 
     def _check(self, index: int, start: int, count: int, action: IrqAction) -> None:
-        limit = {INTX: 1, MSIX: len(self._msix)}.get(index, 0)
+        limit = {INTX: 1, MSIX: len(self._msix), ERROR: 1}.get(index, 0)
         if start + count > limit:
             raise OSError(errno.EINVAL, f"interrupts {start}+{count} of index {index}, which has {limit}")
-        if index == MSIX and action.what is not IrqWhat.TRIGGER:
-            raise OSError(errno.EINVAL, f"{action.what.value} for MSI-X vectors")
+        if index != INTX and action.what is not IrqWhat.TRIGGER:
+            raise OSError(errno.EINVAL, f"{action.what.value} for interrupts that cannot be masked")
         if action.eventfds and action.what is IrqWhat.MASK:
             raise OSError(errno.ENOTSUP, "an eventfd for masking")
         for fd in action.fds:

@@ -59,7 +59,7 @@ class MemoryTransfer:
     __slots__ = ("_bounces", "_memory", "_regions", "buffers")
 
     def __init__(self, memory: GuestMemory) -> None:
-        self.buffers: list[memoryview] = []
+        self.buffers: Sequence[memoryview] = ()
         self._memory = memory
         self._regions: list[_Region] = []
         self._bounces: list[tuple[int, memoryview]] = []
@@ -179,10 +179,12 @@ class GuestMemory:
     def acquire(self, segments: Sequence[Segment], to_guest: bool) -> MemoryTransfer:
         """Take the memory of `segments`, one buffer or more each; neighbours in one region become one buffer."""
         transfer = MemoryTransfer(self)
+        buffers: list[memoryview] = []
+        transfer.buffers = buffers
         try:
             with self._lock:
                 for address, length in _merged(segments):
-                    self._take(transfer, address, length, to_guest)
+                    self._take(transfer, buffers, address, length, to_guest)
             if transfer._bounces and not to_guest:
                 client = self._require_client()
                 for address, buffer in transfer._bounces:
@@ -203,7 +205,9 @@ class GuestMemory:
         self._last = region = self._regions[index]
         return region
 
-    def _take(self, transfer: MemoryTransfer, address: int, length: int, to_guest: bool) -> None:
+    def _take(
+        self, transfer: MemoryTransfer, buffers: list[memoryview], address: int, length: int, to_guest: bool
+    ) -> None:
         while length:
             region = self._find(address)
             if not (region.writable if to_guest else region.readable):
@@ -217,13 +221,13 @@ class GuestMemory:
                 buffer = region.view[start : start + count]
                 region.uses += 1
                 transfer._regions.append(region)
-            transfer.buffers.append(buffer)
+            buffers.append(buffer)
             address += count
             length -= count
 
     def _finish(self, transfer: MemoryTransfer, commit: bool) -> None:
         regions, bounces = transfer._regions, transfer._bounces
-        transfer._regions, transfer._bounces, transfer.buffers = [], [], []
+        transfer._regions, transfer._bounces, transfer.buffers = [], [], ()
         try:
             if bounces and commit:
                 client = self._require_client()

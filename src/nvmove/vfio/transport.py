@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _MAX_PATH = 107
 """Bytes of a Unix socket's path (sun_path without its NUL, unix(7))."""
+_CLOSE_TIMEOUT = 10
+"""Seconds that `Server.close` waits for I/O that a back end does not finish."""
 _ANCILLARY_SIZE = socket.CMSG_SPACE(message.MAX_MSG_FDS * array.array("i").itemsize)
 
 
@@ -119,7 +121,7 @@ class Server:
         self._thread.start()
 
     def close(self) -> None:
-        """End the connection, remove the socket and wait for the control thread. May be called again."""
+        """End the connection, remove the socket and wait for the control thread, for a while. May be called again."""
         with self._lock:
             self._closed = True
             connection = self._connection
@@ -128,7 +130,9 @@ class Server:
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
             if connection is not None:
                 connection.shutdown()
-            self._thread.join()
+            self._thread.join(_CLOSE_TIMEOUT)
+            if self._thread.is_alive():
+                log.error("vfio-user: I/O under way still uses the guest's memory after %d s", _CLOSE_TIMEOUT)
             self._listener.close()
             self._path.unlink(missing_ok=True)
             self._listener = None

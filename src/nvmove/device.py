@@ -1,0 +1,283 @@
+"""One NVMe function as a whole: PCI, controller, engine and guest memory, served over vfio-user.
+
+Two sides meet here. The vfio-user session calls the methods of `nvmove.vfio.device.Device`, on its control thread,
+which never waits. The owner of the device calls the six verbs `reset`, `pause`, `resume`, `save`, `load` and `inspect`,
+on any other thread; they may wait.
+
+QEMU keeps BARs, COMMAND and the MSI-X table of its own and forgets them in a load. So a loaded state's PCI part stays
+apart (`pci_config`, `msix_table`), untouched by what QEMU writes meanwhile, until the device runs again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvmove.block.backend import Backend
+from nvmove.engine.plain import PlainEngine
+from nvmove.nvme import management, vmsd
+from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.controller import Controller
+from nvmove.nvme.seams import DmaError, Engine
+from nvmove.nvme.vmsd import PciImage
+from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
+from nvmove.pci.interrupts import InterruptLines
+from nvmove.vfio.device import (
+    BAR0_REGION,
+    CONFIG_REGION,
+    ERROR,
+    INTX,
+    IRQ_INDEX_COUNT,
+    MSIX,
+    REGION_COUNT,
+    Client,
+    IrqAction,
+    RegionInfo,
+)
+from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.transport import Server
+
+log = logging.getLogger(__name__)
+
+_MSIX_ENTRY_RESET = bytes(12) + (1).to_bytes(4, "little")
+"""A vector of the MSI-X table after reset: masked (PCIe Base 4.0 §7.7.2.3)."""
+
+
+class NvmeDevice:
+    """The device with the id `id` in QEMU. It borrows the back ends: its owner closes them, after it.
+
+    Raises ValueError for namespaces that cannot be together.
+    """
+
+    def __init__(
+        self,
+        config: ControllerConfig,
+        backends: Mapping[str, Backend],
+        *,
+        id: str,
+        engine: Engine | None = None,
+    ) -> None:
+        self.id = id
+        self.loads = 0
+        """States loaded since the device exists."""
+        self.resets = 0
+        """Function-level resets seen, QEMU's and the guest's."""
+        self._config = ConfigSpace(config)
+        self._layout = self._config.layout
+        self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
+        self._memory = GuestMemory()
+        self._engine = engine or PlainEngine(id)
+        self.controller = Controller(config, backends, self._memory, self._lines, self._engine)
+        self._client: Client | None = None
+        self._server: Server | None = None
+        # Guards what both sides touch: configuration space and the loaded PCI state.
+        self._lock = threading.Lock()
+        self._table = _MSIX_ENTRY_RESET * config.msix_qsize
+        self._loaded: PciImage | None = None
+        self._regions = [RegionInfo()] * REGION_COUNT
+        self._regions[BAR0_REGION] = RegionInfo(self._layout.size, readable=True, writable=True)
+        self._regions[CONFIG_REGION] = RegionInfo(CONFIG_SIZE, readable=True, writable=True)
+        self._irq_counts = [0] * IRQ_INDEX_COUNT
+        self._irq_counts[INTX] = 1
+        self._irq_counts[MSIX] = config.msix_qsize
+        self._irq_counts[ERROR] = 1  # never signalled; without it QEMU warns at each start
+
+    # --- the owner's side --------------------------------------------------------------------------------------------
+
+    def start(self, socket: Path) -> None:
+        """Serve the device at `socket`. Raises `nvmove.vfio.transport.ListenError`."""
+        server = Server(socket, self)
+        server.start()
+        self._server = server
+
+    def close(self) -> None:
+        """Hang up, remove the socket, stop the engine. I/O that a back end holds is waited for a few seconds only."""
+        if self._server is not None:
+            self._server.close()
+        self._engine.close()
+
+    def pause(self, timeout: float | None = None) -> None:
+        """Stop fetching and wait until nothing is in flight.
+
+        Raises TimeoutError when that takes more than `timeout` seconds; the device stays paused then.
+        """
+        if not self.controller.pause(timeout):
+            raise TimeoutError(f"{self.id}: I/O is still in flight after {timeout} s")
+
+    def resume(self) -> None:
+        """Go on after `pause`. What was loaded is the guest's from here on."""
+        with self._lock:
+            self._loaded = None
+        self.controller.resume()
+
+    def save(self) -> bytes:
+        """Return the state of the paused device, in QEMU's wire format."""
+        controller = self.controller.save()
+        with self._lock:
+            config = self._config.save() if self._loaded is None else self._loaded.config
+            table = self._table
+        pci = PciImage(config, table, self._lines.pending, self._lines.level)
+        return vmsd.dump(vmsd.DeviceState(pci, controller))
+
+    def load(self, data: bytes) -> None:
+        """Take a saved state over; the device must be paused and stays so.
+
+        Raises `nvmove.vmstate.schema.StateError` before anything is touched: the state is damaged, contradicts itself,
+        or is another device's.
+        """
+        state = vmsd.load(data)
+        with self._lock:
+            # The controller's load looks whether MSI-X is on, so configuration space goes first, and back on refusal.
+            before = self._config.save()
+            self._config.load(state.pci.config)
+            try:
+                self.controller.load(state.controller)
+            except BaseException:
+                self._config.load(before)
+                raise
+            self._lines.load(state.pci.pending, state.pci.intx)
+            self._table = state.pci.msix_table
+            self._loaded = state.pci
+            self.loads += 1
+
+    def inspect(self) -> dict[str, Any]:
+        """Return what the device is and does now, as a tree of plain values; also while it runs."""
+        with self._lock:
+            config = self._config.save()
+        return {
+            "id": self.id,
+            "connected": self._client is not None,
+            "loads": self.loads,
+            "resets": self.resets,
+            "pci": {
+                "config": config[:256].hex(" ", -4),
+                "msix_enabled": self._lines.msix_enabled,
+                "pending": list(self._lines.pending),
+                "intx": self._lines.level,
+            },
+            "memory": [
+                {"address": address, "size": size, "access": access} for address, size, access in self._memory.ranges()
+            ],
+            "controller": self.controller.inspect(),
+        }
+
+    def refresh(self) -> None:
+        """The back ends were opened or changed size: the namespaces look at their size again, the guest is told."""
+        for namespace in self.controller.namespaces:
+            management.resized(self.controller, namespace.nsid)
+
+    # --- PCI replay (vm/replay.py) -----------------------------------------------------------------------------------
+
+    @property
+    def pci_config(self) -> bytes:
+        """The first 256 bytes of configuration space as the guest left them; between a load and `resume`, as loaded."""
+        with self._lock:
+            return (self._config.save() if self._loaded is None else self._loaded.config)[:256]
+
+    @property
+    def msix_table_offset(self) -> int:
+        """Offset of the MSI-X table in BAR0."""
+        return self._layout.table
+
+    @property
+    def msix_table(self) -> bytes:
+        """The MSI-X table, as loaded or as `keep_msix_table` got it, 16 bytes a vector."""
+        with self._lock:
+            return self._table
+
+    def keep_msix_table(self, table: bytes) -> None:
+        """Take QEMU's MSI-X table into the state that `save` writes; raise ValueError for one of another size."""
+        if len(table) != self._layout.table_size:
+            raise ValueError(f"an MSI-X table of {len(table)} bytes, expected {self._layout.table_size}")
+        with self._lock:
+            self._table = table
+
+    def write_guest(self, address: int, data: bytes) -> None:
+        """Write to any guest-physical address through QEMU, our own BAR included; waits. Raises DmaError."""
+        client = self._client
+        if client is None:
+            raise DmaError("no client is connected")
+        client.dma_write(address, data)
+
+    # --- nvmove.vfio.device.Device, on the control thread ------------------------------------------------------------
+
+    @property
+    def regions(self) -> Sequence[RegionInfo]:
+        """BAR0 and configuration space."""
+        return self._regions
+
+    @property
+    def irq_counts(self) -> Sequence[int]:
+        """INTx, MSI-X, and the error interrupt."""
+        return self._irq_counts
+
+    def attach(self, client: Client) -> None:
+        """A client is connected."""
+        self._client = self._memory.client = client
+
+    def detach(self, done: Callable[[], None]) -> None:
+        """The client is gone, and the guest's memory with it: nothing of this function's state has a meaning any more.
+
+        A paused device stays paused: its owner decides when the next guest may run.
+        """
+        self._client = self._memory.client = None
+        self._lines.disconnect()
+        self._reset(lambda: self._memory.unmap_all(lambda _errno: done()))
+
+    def read(self, region: int, offset: int, count: int) -> bytes:
+        """Read configuration space, registers or the Pending Bit Array; the MSI-X table is QEMU's, here it is zero."""
+        if region == CONFIG_REGION:
+            return self._config.read(offset, count, self._lines.level)
+        if offset < self._layout.table:
+            return self.controller.read(offset, count).to_bytes(count, "little")
+        start = offset - self._layout.pba
+        return self._lines.pending_bits()[start : start + count].ljust(count, b"\0") if start >= 0 else bytes(count)
+
+    def write(self, region: int, offset: int, data: bytes) -> None:
+        """Write configuration space, registers or doorbells; the rest of BAR0 takes no writes."""
+        if region == CONFIG_REGION:
+            self._write_config(offset, data)
+        elif offset + len(data) <= self._layout.table:
+            self.controller.write(offset, len(data), int.from_bytes(data, "little"))
+
+    def map_dma(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
+        """Guest memory appears."""
+        self._memory.map(address, size, fd, offset, readable, writable)
+
+    def unmap_dma(self, address: int, size: int, unmap_all: bool, done: Callable[[int], None]) -> None:
+        """Guest memory goes away; `done` when no I/O uses it."""
+        if unmap_all:
+            self._memory.unmap_all(done)
+        else:
+            self._memory.unmap(address, size, done)
+
+    def set_irqs(self, index: int, start: int, count: int, action: IrqAction) -> None:
+        """Change interrupts."""
+        self._lines.set_irqs(index, start, count, action)
+
+    def reset(self, done: Callable[[], None]) -> None:
+        """Function-level reset; `done` when nothing from before touches guest memory. A paused device stays so."""
+        self.resets += 1
+        self._reset(done)
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        with self._lock:
+            had_msix = self._config.msix_enabled
+            wants_reset = self._config.write(offset, data)
+            lost_msix = had_msix and not self._config.msix_enabled and self._loaded is None
+        if lost_msix:
+            self._lines.forget_pending()
+        if wants_reset:
+            self.reset(lambda: None)
+
+    def _reset(self, done: Callable[[], None]) -> None:
+        # The controller first: once its queues are dropped it raises no interrupt any more.
+        self.controller.reset(done)
+        with self._lock:
+            self._config.reset()
+            self._loaded = None
+            self._table = _MSIX_ENTRY_RESET * (len(self._table) // len(_MSIX_ENTRY_RESET))
+        self._lines.reset()
