@@ -125,8 +125,6 @@ def _start(
                 backend_failed(controller, command, failure)
         except DmaError:
             command.complete(Status.DATA_TRANSFER_ERROR)
-        except CommandError as error:
-            command.complete(error.status, dnr=error.dnr)
         except Exception:
             log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)

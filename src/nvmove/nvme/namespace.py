@@ -133,9 +133,6 @@ class NamespaceTable:
     def __iter__(self) -> Iterator[Namespace]:
         return iter(self._by_id.values())
 
-    def __len__(self) -> int:
-        return len(self._by_id)
-
     @property
     def active(self) -> list[Namespace]:
         """The attached ones."""
