@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nvmove.block.backend import Operation, Request
+from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.seams import DmaError, Segment
@@ -126,25 +127,6 @@ class Interrupts:
         pass
 
 
-class Kicks:
-    """An engine that runs a kicked queue when `drain` is called."""
-
-    def __init__(self) -> None:
-        self.kicked: list[int] = []
-
-    def attach(self, sqid: int) -> None:
-        pass
-
-    def detach(self, sqid: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def kick(self, sqid: int) -> None:
-        self.kicked.append(sqid)
-
-
 class Answer(NamedTuple):
     """A completion: `status` without More and DNR, dword 0, and the `length` bytes of data that were asked for."""
 
@@ -182,7 +164,7 @@ class Guest:
     ) -> None:
         self.disks = dict(disks) if disks is not None else {"d0": Disk()}
         self.memory = Memory()
-        self.engine = Kicks()
+        self.engine = InlineEngine()
         config = ControllerConfig(
             **{"serial": "S1", "namespaces": namespaces or (namespace(),), **properties}  # type: ignore[arg-type]
         )
@@ -240,8 +222,7 @@ class Guest:
 
     def drain(self) -> None:
         """Run the workers, and collect completions."""
-        while self.engine.kicked:
-            self.controller.run(self.engine.kicked.pop(0))
+        self.engine.drain()
         for ring in self.rings:
             self._collect(ring)
 

@@ -253,3 +253,24 @@ def test_a_bug_in_a_completion_is_an_internal_error_and_is_logged(
     answer = guest.read(0, 1)
     assert (answer.status, answer.dnr) == (Status.INTERNAL_ERROR, False)
     assert "failed inside nvmove" in caplog.text
+
+
+def test_a_reset_ends_a_command_of_many_parts_early_and_without_a_trace() -> None:
+    guest = Guest()
+    guest.disk.holding = True
+    guest.memory.write(6 << 16, COPY_RANGE.pack(0, 0))
+    copy = guest.submit(guest.rings[1], Nvm.COPY, 1, cdw10=100)
+    guest.disable()
+    guest.disk.release()
+    guest.drain()
+    assert guest.disk.operations() == [Operation.READ]
+    assert not guest.has_completed(copy)
+    assert guest.controller.logs.errors.count == 0
+
+
+def test_an_error_entry_says_what_was_wrong_where() -> None:
+    guest = Guest()
+    guest.read(5000, 1)
+    entry = guest.get_log(Log.ERROR_INFORMATION, 64).data
+    status, location, lba = struct.unpack_from("<HHQ", entry, 12)
+    assert (status >> 1 & 0x7FF, location, lba) == (Status.LBA_OUT_OF_RANGE, 40, 5000)

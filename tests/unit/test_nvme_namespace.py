@@ -182,3 +182,16 @@ def test_an_empty_batch_ends_at_once() -> None:
     ends: list[Failure | None] = []
     Batch((), ends.append).start()
     assert ends == [None]
+
+
+def test_a_reset_ends_a_format_after_the_piece_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(management, "ERASE_CHUNK", 1 << 18)
+    guest = Guest()
+    guest.disk.holding = True
+    guest.submit(guest.rings[0], Admin.FORMAT_NVM, 1, prp=DATA, cdw10=4)
+    guest.disable()
+    guest.disk.release()
+    guest.drain()
+    assert len(guest.disk.requests) == 1
+    namespace = guest.controller.namespaces.require_active(1)
+    assert (namespace.block_size, namespace.formatting) == (512, False)

@@ -33,12 +33,23 @@ class Part(NamedTuple):
 
 
 class Batch:
-    """Runs `parts` and calls `done(failure)` once, on the thread of the last one. After a failure none is started."""
+    """Runs `parts` and calls `done(failure)` once, on the thread of the last one.
 
-    def __init__(self, parts: Iterable[Part], done: Callable[[Failure | None], None], depth: int = DEPTH) -> None:
+    None is started after a failure, nor once `is_stale()`: that is no failure, `done` has to look for itself.
+    """
+
+    def __init__(
+        self,
+        parts: Iterable[Part],
+        done: Callable[[Failure | None], None],
+        *,
+        depth: int = DEPTH,
+        is_stale: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._parts = iter(parts)
         self._done = done
         self._depth = depth
+        self._is_stale = is_stale
         self._lock = threading.Lock()
         self._under_way = 0
         self._exhausted = False
@@ -69,7 +80,7 @@ class Batch:
             self._done(self._failure)
 
     def _next(self) -> Part | None:
-        if self._failure is not None:
+        if self._failure is not None or self._is_stale():
             self._exhausted = True
         if self._exhausted or self._under_way >= self._depth:
             return None

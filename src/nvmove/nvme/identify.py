@@ -118,8 +118,7 @@ def namespace_data(namespace: Namespace) -> bytes:
     config = namespace.config
     data = bytearray(IDENTIFY_SIZE)
     struct.pack_into("<QQQ", data, 0, *[namespace.blocks] * 3)  # all capacity is allocated: NSZE = NCAP = NUSE
-    nsfeat = NSFEAT_OPTPERF
-    struct.pack_into("<BBB", data, 24, nsfeat, len(namespace.formats) - 1, _flbas(namespace))
+    struct.pack_into("<BBB", data, 24, NSFEAT_OPTPERF, len(namespace.formats) - 1, _flbas(namespace))
     data[30] = NMIC_SHARED if config.shared else 0
     data[33] = DLFEAT_ZEROES | DLFEAT_WRITE_ZEROES_DEALLOCATES
     granularity = _blocks(namespace, namespace.discard_granularity)

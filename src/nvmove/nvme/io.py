@@ -119,7 +119,9 @@ def _start(
         try:
             if transfer is not None:
                 transfer.finish(commit=commit and failure is None)
-            if failure is None:
+            if command.stale:
+                command.complete()
+            elif failure is None:
                 succeeded()
             else:
                 backend_failed(controller, command, failure)
@@ -129,7 +131,7 @@ def _start(
             log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)
 
-    Batch(parts, done).start()
+    Batch(parts, done, is_stale=lambda: command.stale).start()
 
 
 def _start_lba(command: Command) -> int:

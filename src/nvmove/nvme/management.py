@@ -71,9 +71,10 @@ def format_nvm(controller: Controller, command: Command) -> None:
     def done(failure: Failure | None) -> None:
         changed = []
         with controller.lock:
+            was_whole = failure is None and not command.stale
             for namespace in chosen:
                 namespace.formatting = False
-                if failure is None and namespace.format_index != index:
+                if was_whole and namespace.format_index != index:
                     namespace.format_index = index
                     changed.append(namespace.nsid)
         for nsid in changed:
@@ -83,7 +84,9 @@ def format_nvm(controller: Controller, command: Command) -> None:
         else:
             io.backend_failed(controller, command, failure)
 
-    Batch((part for namespace in chosen for part in _erasing(namespace)), done, depth=1).start()
+    Batch(
+        (part for namespace in chosen for part in _erasing(namespace)), done, depth=1, is_stale=lambda: command.stale
+    ).start()
 
 
 def _erasing(namespace: Namespace) -> Iterator[Part]:

@@ -12,7 +12,7 @@ from nvmove.block.backend import Backend
 from nvmove.nvme import state
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.errors import CommandError
-from nvmove.nvme.spec import ALL_NAMESPACES, MAX_NAMESPACES, Status
+from nvmove.nvme.spec import ALL_NAMESPACES, LOCATION_CDW10, LOCATION_NSID, MAX_NAMESPACES, Status
 
 
 class LbaFormat(NamedTuple):
@@ -76,7 +76,7 @@ class Namespace:
     def byte_range(self, lba: int, blocks: int) -> tuple[int, int]:
         """Return offset and length in bytes of `blocks` blocks from `lba`; raise CommandError outside the namespace."""
         if lba + blocks > self.blocks:
-            raise CommandError(Status.LBA_OUT_OF_RANGE)
+            raise CommandError(Status.LBA_OUT_OF_RANGE, location=LOCATION_CDW10, lba=lba)
         return lba << self.block_shift, blocks << self.block_shift
 
     def reset(self) -> None:
@@ -151,7 +151,7 @@ class NamespaceTable:
         """Return the attached namespace `nsid`; raise CommandError: an invalid id, or an inactive one (Base 3.2.1)."""
         namespace = self.find(nsid)
         if namespace is None or not namespace.attached:
-            raise CommandError(Status.INVALID_FIELD)
+            raise CommandError(Status.INVALID_FIELD, location=LOCATION_NSID)
         return namespace
 
     def reset(self) -> None:
@@ -163,7 +163,7 @@ class NamespaceTable:
 def check_nsid(nsid: int) -> None:
     """Raise CommandError when `nsid` names no single namespace that could exist (Base 3.2.1.2)."""
     if not 1 <= nsid <= MAX_NAMESPACES:
-        raise CommandError(Status.INVALID_NAMESPACE)
+        raise CommandError(Status.INVALID_NAMESPACE, location=LOCATION_NSID)
 
 
 def selected(table: NamespaceTable, nsid: int) -> list[Namespace]:

@@ -402,6 +402,9 @@ ERROR_ENTRIES: Final = 64
 """ELPE + 1."""
 LOCATION_NONE: Final = 0xFFFF
 """No parameter of the command is to blame."""
+LOCATION_NSID: Final = 4
+LOCATION_CDW10: Final = 40
+"""Bytes of the SQE, for an error's parameter location."""
 ERROR_ENTRY: Final = struct.Struct("<QHHHHQIBBxxQHB21x")
 """Error count, SQ id, command id, status field << 1, parameter location, LBA, namespace, vendor page, transport type,
 command specific, transport specific, opcode and the rest. Base 5.16.1.2."""
