@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nvmove.errors import UserError
+
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)([bBkKmMgGtTpPeE]?)\Z")
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SWITCH = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 
-class OptionError(Exception):
+class OptionError(UserError):
     """Words that nvmove or QEMU cannot take: one line, which names the option and says what is wrong with it."""
 
 
@@ -126,6 +128,11 @@ def unparse(values: Mapping[str, str], implied: str = "") -> str:
     return ",".join(words)
 
 
+def to_json(values: Mapping[str, Any]) -> str:
+    """Return the JSON form of an option."""
+    return json.dumps(values, separators=(",", ":"))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested JSON objects and arrays as QEMU's dotted keys: `{"file": {"driver": "x"}}` → `file.driver`."""
     flat: dict[str, Any] = {}
@@ -164,16 +171,16 @@ def integer(option: Option, name: str, default: int, bits: int) -> int:
     return value
 
 
-def signed(option: Option, name: str, default: int) -> int:
-    """Read a signed integer of 32 bits; raises OptionError."""
+def signed(option: Option, name: str, default: int, bits: int = 32) -> int:
+    """Read a signed integer of so many bits; raises OptionError."""
     value = option.values.get(name, default)
     if option.is_json:
         if not isinstance(value, int) or isinstance(value, bool):
             raise option.error(f"Invalid parameter type for '{name}', expected: integer")
     else:
         value = _number(option, name, str(value))
-    if not -(1 << 31) <= value < 1 << 31:
-        raise option.error(f"Parameter '{name}' expects int32_t")
+    if not -(1 << bits - 1) <= value < 1 << bits - 1:
+        raise option.error(f"Parameter '{name}' expects int{bits}_t")
     return value
 
 

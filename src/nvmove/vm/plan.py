@@ -1,0 +1,61 @@
+"""What a QEMU command line becomes: nvmove's part, typed, and the arguments that QEMU gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nvmove.block.config import DriveConfig
+from nvmove.nvme.config import ControllerConfig
+from nvmove.vm.endpoints import MonitorEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDevice:
+    """A controller that nvmove serves."""
+
+    id: str
+    """The id of the vfio-user-pci device in QEMU: the user's, or nvmove0, nvmove1, … when there is none."""
+    config: ControllerConfig
+    socket: Path
+    """nvmove listens there before QEMU starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedDrive:
+    """A drive of such a controller."""
+
+    key: str
+    """What NamespaceConfig.drive says."""
+    name: str
+    """The -drive's id; empty for a -blockdev."""
+    node: str
+    """The node's name. Empty when only QEMU knows it (-snapshot puts an overlay on top): `query-block` of `name`."""
+    device: str
+    """PlannedDevice.id."""
+    config: DriveConfig
+    in_qemu: bool
+    """QEMU keeps the node, to be exported by its NBD server; else nvmove opens the raw image itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A command line, lifted."""
+
+    program: str
+    arguments: tuple[str, ...]
+    """For QEMU. Complete but for the dbus-vmstate object, with -S."""
+    devices: tuple[PlannedDevice, ...] = ()
+    drives: tuple[PlannedDrive, ...] = ()
+    endpoints: tuple[MonitorEndpoint, ...] = ()
+    qmp_socket: Path = Path()
+    """nvmove listens there before QEMU starts, and QEMU connects."""
+    paused: bool = False
+    """The user's own -S."""
+    loadvm: str | None = None
+    passthrough: bool = False
+    """No nvme device, or only a question (-help): QEMU is to be run with the user's own arguments, untouched."""
+    qemu_uses_stdio: bool = False
+    """A device of QEMU's own reads and writes nvmove's standard input and output (`-serial stdio`)."""
+    warnings: tuple[str, ...] = ()
+    """Lines for the user that are no errors, such as QEMU's for deprecated spellings."""

@@ -1,0 +1,262 @@
+"""Lifting, as a table of command lines: what QEMU gets, and what nvmove serves."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvmove.errors import UserError
+from nvmove.vm import arguments
+from nvmove.vm.endpoints import MonitorMode, StdioAddress, UnixAddress
+from nvmove.vm.plan import Plan
+
+RUN = Path("/run/x")
+TAIL = "-S -chardev socket,id=nvmove-qmp,path=/run/x/qmp -qmp chardev:nvmove-qmp"
+RAM = "-object memory-backend-memfd,id=nvmove-ram,size=134217728,share=on -machine memory-backend=nvmove-ram"
+VIRTFS = "-virtfs must stand before it, so that the PCI devices keep their addresses"
+RAW = "-drive if=none,id=d0,file=disk.img,format=raw"
+QCOW2 = "-drive if=none,id=d0,file=disk.qcow2,format=qcow2"
+NVME = "-device nvme,serial=S1,drive=d0"
+
+
+class FakeQemu:
+    version_text = "11.1.3"
+
+    def property_types(self, driver: str) -> Mapping[str, str]:
+        known = {"virtio-net-pci": {"mac": "str", "vectors": "uint32", "csum": "bool", "host_mtu": "uint16"}}
+        return known.get(driver, {})
+
+
+def lift(line: str) -> Plan:
+    return arguments.lift(["qemu-system-x86_64", *shlex.split(line)], RUN, FakeQemu())
+
+
+def refusal(line: str) -> str:
+    with pytest.raises(UserError) as raised:
+        lift(line)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def vfio(number: int = 0, ident: str = "", **more: object) -> str:
+    socket = {"type": "unix", "path": f"/run/x/nvme{number}"}
+    device = {"driver": "vfio-user-pci", "id": ident or f"nvmove{number}", "socket": socket, **more}
+    return f"-device '{json.dumps(device, separators=(',', ':'))}'"
+
+
+@pytest.mark.parametrize(
+    ("line", "for_qemu"),
+    [
+        (f"-M q35 {RAW} {NVME} -kernel k", f"-M q35 {vfio()} -kernel k {RAM} {TAIL}"),
+        (
+            f"{QCOW2},werror=enospc,rerror=report {NVME},addr=6,id=disk0,bootindex=1",
+            "-drive if=none,id=d0,file=disk.qcow2,format=qcow2,node-name=nvmove-node0 "
+            f"{vfio(ident='disk0', addr='6', bootindex=1)} {RAM} {TAIL}",
+        ),
+        (f"{RAW} --device nvme,serial=S1,drive=d0", f"{vfio()} {RAM} {TAIL}"),
+        (f"{RAW} -device nvme,serial=1,id=n -device nvme-ns,drive=d0,bus=n", f"{vfio(ident='n')} {RAM} {TAIL}"),
+        (f"{RAW} {NVME} -append '-device nvme'", f"{vfio()} -append '-device nvme' {RAM} {TAIL}"),
+        (f"{RAW} {NVME} -monitor stdio -S -loadvm t1", f"{vfio()} {RAM} {TAIL}"),
+        (
+            f"-blockdev driver=raw,node-name=d0,file=f -blockdev driver=file,node-name=f,filename=disk.img {NVME}",
+            f"{vfio()} {RAM} {TAIL}",
+        ),
+        (
+            f"-blockdev qcow2,node-name=d0,file=f -blockdev file,node-name=f,filename=x {NVME}",
+            f"-blockdev qcow2,node-name=d0,file=f -blockdev file,node-name=f,filename=x {vfio()} {RAM} {TAIL}",
+        ),
+        (
+            f"{RAW} -snapshot {NVME}",
+            f"{RAW} -snapshot {vfio()} {RAM} {TAIL}",
+        ),
+        (
+            f"-object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m {RAW} {NVME}",
+            f"-object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m {vfio()} {TAIL}",
+        ),
+        (
+            f"-m 1G -mem-path /hp -mem-prealloc {RAW} {NVME}",
+            f"-m 1G {vfio()} -object memory-backend-file,id=nvmove-ram,size=1073741824,share=on,mem-path=/hp,"
+            "prealloc=on "
+            f"-machine memory-backend=nvmove-ram {TAIL}",
+        ),
+    ],
+)
+def test_what_qemu_gets(line: str, for_qemu: str) -> None:
+    assert list(lift(line).arguments) == shlex.split(for_qemu)
+
+
+@given(
+    st.lists(st.sampled_from(["-M", "q35", "-device", "virtio-rng-pci", "-x", "disk.img", "-monitor", "stdio", "--S"]))
+)
+def test_a_line_without_nvme_passes_untouched(words: list[str]) -> None:
+    plan = arguments.lift(["qemu", *words], RUN, FakeQemu())
+    assert (plan.passthrough, list(plan.arguments)) == (True, words)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["-vga std", "-smp 2", "-append '-S'", "-netdev user,id=n", "-no-reboot", "-rtc base=utc"])
+    )
+)
+def test_options_that_are_not_lifted_keep_their_words_and_order(others: list[str]) -> None:
+    line = " ".join(others)
+    plan = lift(f"{RAW} {line} {NVME}")
+    assert list(plan.arguments) == [*shlex.split(line), *shlex.split(f"{vfio()} {RAM} {TAIL}")]
+
+
+@pytest.mark.parametrize("line", ["-version", "-device help", "-device nvme,help", f"{NVME} -help", "-M help"])
+def test_questions_go_to_qemu_untouched(line: str) -> None:
+    assert lift(line).passthrough
+
+
+def test_devices_that_follow_an_nvme_device_follow_in_json_with_their_types() -> None:
+    plan = lift(f"-device a {RAW} {NVME} -device virtio-net-pci,mac=52:54:0:0:0:1,vectors=0x8,csum=off")
+    follower = '{"driver":"virtio-net-pci","mac":"52:54:0:0:0:1","vectors":8,"csum":false}'
+    assert list(plan.arguments[:6]) == ["-device", "a", *shlex.split(vfio()), "-device", follower]
+
+
+def test_json_devices_come_after_all_that_qemu_makes_before_them() -> None:
+    plan = lift(f"""-device '{{"driver":"j"}}' {RAW} {NVME} -drive if=virtio,file=v -device k""")
+    devices = [json.loads(word)["driver"] for word in plan.arguments if word.startswith("{")]
+    assert devices == ["vfio-user-pci", "k", "virtio-blk", "j"]
+    assert "file=v,if=none,id=virtio0" in [word.replace("if=none,file=v", "file=v,if=none") for word in plan.arguments]
+
+
+def test_set_and_global_change_lifted_devices() -> None:
+    plan = lift(
+        f"{RAW} -device nvme,serial=1,drive=d0,id=n -set device.n.mdts=5 -global nvme.aerl=9 -global nvme.mdts=4"
+    )
+    assert (plan.devices[0].config.mdts, plan.devices[0].config.aerl) == (5, 9)
+    assert "-set" not in plan.arguments
+    assert "-global" not in plan.arguments
+
+
+def test_qemus_version_is_the_firmware_version() -> None:
+    assert lift(f"{RAW} {NVME}").devices[0].config.firmware_version == "11.1.3"
+
+
+def test_start_options_are_taken_out_and_told() -> None:
+    plan = lift(f"{RAW} {NVME} -S -loadvm t1")
+    assert (plan.paused, plan.loadvm) == (True, "t1")
+    assert (lift(f"{RAW} {NVME}").paused, lift(f"{RAW} {NVME}").loadvm) == (False, None)
+
+
+def test_a_raw_file_is_nvmoves_and_its_options_with_it() -> None:
+    plan = lift(f"{RAW},cache=none,discard=unmap,detect-zeroes=unmap,readonly=on,aio=native {NVME},share-rw=on")
+    (drive,) = plan.drives
+    options = drive.config.options
+    assert not drive.in_qemu
+    assert (drive.config.file, drive.device, drive.key, drive.config.aio) == ("disk.img", "nvmove0", "d0", "native")
+    assert (options.direct, options.discard, options.detect_zeroes) == (True, "unmap", "unmap")
+    assert (options.read_only, options.share_rw) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "drive",
+    [
+        "file=disk.img",  # QEMU guesses, warns and guards block 0
+        "file=disk.qcow2,format=qcow2",
+        "file=nbd://host/x,format=raw",
+        "file=rbd:pool/x,format=raw",
+        "file=disk.img,format=raw,snapshot=on",
+        "file=disk.img,format=raw,offset=512",
+        "file.driver=nbd,file.path=/s,format=raw",
+    ],
+)
+def test_what_is_not_plainly_a_raw_file_stays_qemus(drive: str) -> None:
+    assert lift(f"-drive if=none,id=d0,{drive} {NVME}").drives[0].in_qemu
+
+
+def test_a_node_that_something_else_uses_stays_qemus() -> None:
+    nodes = "-blockdev driver=file,node-name=d0,filename=disk.img"
+    assert not lift(f"{nodes} {NVME}").drives[0].in_qemu
+    assert lift(f"{nodes} -blockdev driver=qcow2,node-name=q,file=x,backing=d0 {NVME}").drives[0].in_qemu
+
+
+def test_the_write_cache_follows_the_drive_unless_the_device_says() -> None:
+    def cached(drive: str, device: str) -> bool:
+        return lift(f"{RAW}{drive} {NVME}{device}").devices[0].config.namespaces[0].write_cache
+
+    assert cached("", "")
+    assert not cached(",cache=writethrough", "")
+    assert cached(",cache=writethrough", ",write-cache=on")
+    assert not cached("", ",write-cache=off")
+
+
+def test_monitors_become_endpoints() -> None:
+    plan = lift(f"{RAW} {NVME} -qmp unix:a,,b.sock,server=on,wait=off -chardev stdio,id=c -mon c,mode=readline")
+    qmp, hmp = plan.endpoints
+    assert (qmp.mode, qmp.address, qmp.server, qmp.wait) == (MonitorMode.CONTROL, UnixAddress("a,b.sock"), True, False)
+    assert (hmp.mode, hmp.address, hmp.id) == (MonitorMode.READLINE, StdioAddress(), "c")
+    assert "stdio,id=c" not in plan.arguments
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["-nographic", "-serial mon:stdio", "-chardev stdio,mux=on,id=serial0 -mon serial0 -serial chardev:serial0"],
+)
+def test_a_port_that_shares_the_monitors_line_gets_a_socket(options: str) -> None:
+    plan = lift(f"{RAW} {NVME} {options}")
+    (endpoint,) = plan.endpoints
+    assert (endpoint.mode, endpoint.address) == (MonitorMode.READLINE, StdioAddress())
+    assert [(port.id, str(port.socket)) for port in endpoint.mux] == [("serial0", "/run/x/mux0")]
+    words = list(plan.arguments)
+    assert words[words.index("-serial") + 1] == "chardev:serial0"
+    assert "socket,id=serial0,path=/run/x/mux0" in words
+    assert not plan.qemu_uses_stdio
+
+
+def test_qemu_keeps_stdio_for_its_own_port() -> None:
+    assert lift(f"{RAW} {NVME} -serial stdio").qemu_uses_stdio
+    assert lift(f"{RAW} {NVME} -nographic -monitor none").qemu_uses_stdio
+    assert not lift(f"{RAW} {NVME} -nodefaults").qemu_uses_stdio
+
+
+def test_monitor_objects_are_monitors() -> None:
+    plan = lift(f"{RAW} {NVME} -chardev null,id=n -chardev pty,id=c -object monitor-qmp,id=m,chardev=c,pretty=on")
+    assert [(one.mode, one.pretty) for one in plan.endpoints] == [(MonitorMode.CONTROL, True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (NVME, "-device nvme,serial=S1,drive=d0: Property 'nvme.drive' can't find value 'd0'"),
+        (f"{RAW} {RAW} {NVME}", f"{RAW}: Duplicate ID 'd0' for drive"),
+        (f"{RAW} {NVME},id=a -device b,id=a", "-device b,id=a: Duplicate ID 'a' for device"),
+        (f"{RAW} {NVME} -device blk,drive=d0", "-device blk,drive=d0: Drive 'd0' is already in use by another device"),
+        (f"{RAW},rerror=enospc {NVME}", f"{RAW},rerror=enospc: 'enospc' invalid read error action"),
+        (f"{RAW},werror=foo {NVME}", f"{RAW},werror=foo: 'foo' invalid write error action"),
+        (f"{RAW},werror=stop {NVME}", f"{RAW},werror=stop: werror=stop is not supported yet"),
+        (f"{RAW},cache=foo {NVME}", f"{RAW},cache=foo: invalid cache option"),
+        (f"{RAW} {NVME} -incoming tcp:0:1", "-incoming: not supported yet"),
+        (f"{RAW} {NVME} -serial stdio -monitor stdio", "-serial stdio: cannot use stdio by multiple character devices"),
+        (f"{RAW} {NVME} -mon x", '-mon x: chardev "x" not found'),
+        (f"{RAW} {NVME} -monitor foo:bar", "-monitor foo:bar: 'foo:bar' is not a valid char driver"),
+        (
+            f"{RAW} {NVME} -object memory-backend-file,id=m,size=1G,mem-path=/ -machine memory-backend=m",
+            "-object memory-backend-file,id=m,size=1G,mem-path=/: nvmove needs guest RAM that it can map: add share=on",
+        ),
+        (f"{RAW} {NVME} -global nvme.foo=1", f"{NVME}: can't apply global nvme.foo=1: Property 'nvme.foo' not found"),
+        (f"{RAW} {NVME} -virtfs local", f"{NVME}: {VIRTFS}"),
+        (
+            f"-drive id=d0,file=x,format=raw {NVME}",
+            f"{NVME}: Drive 'd0' is already in use because it has been automatically connected to another device "
+            "(did you need 'if=none' in the drive options?)",
+        ),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_line(line: str, message: str) -> None:
+    assert refusal(line) == message
+
+
+def test_no_program_is_a_usage_error() -> None:
+    with pytest.raises(UserError) as raised:
+        arguments.lift([], RUN)
+    assert raised.value.status == 2
