@@ -29,6 +29,7 @@ def tree(body: bytes) -> Tree:
 
 
 def test_a_section_that_qemu_saved_is_read_whole(tree: Tree) -> None:
+    assert tree["parent_obj[0]"]["version_id"] == 2
     assert tree["bar"]["cc"] == 0x00460061
     assert msix_vectors(tree["parent_obj[0]"]["config[1]"]) == 65
     assert [sq["sqid"] for sq in tree["sq"] if sq] == [0, 1, 2]

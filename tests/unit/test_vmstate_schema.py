@@ -39,7 +39,7 @@ EVERYTHING = described(
     Struct("s", POINT),
     Struct("t", POINT, inline=True),
     Array("points", POINT, 2),
-    Array("numbers", Int("numbers", 2, little=True), 3),
+    Array("numbers", Int("numbers", 2), 3),
     Pointers("pointers", POINT, lambda root: int(root["n"])),
     Queue("queue", POINT),
     Counted("counted", POINT, 4),
@@ -105,7 +105,7 @@ def test_no_bytes_raise_anything_but_a_state_error(data: bytes) -> None:
     ("field", "value", "data"),
     [
         (Int("f", 2), 0x1234, "1234"),
-        (Int("f", 4, signed=True, little=True), -2, "feffffff"),
+        (Int("f", 4, signed=True), -2, "fffffffe"),
         (Bool("f"), True, "01"),
         (Buffer("f", 2), b"ab", "6162"),
         (Struct("f", POINT), {"x": 1, "y": -1}, "0001ffff"),

@@ -62,7 +62,7 @@ def msix_size(root: Tree) -> int:
 
 PCI_DEVICE = structure(
     "PCIDevice",
-    Int("version_id", 4, signed=True, little=True),
+    Int("version_id", 4, signed=True, label="int32 le"),  # "le": less or equal is loaded; the number is big-endian
     Buffer("config[1]", CONFIG_SIZE, "pci config"),
     Buffer("irq_state", 16, "pci irq state"),
     version=2,

@@ -33,7 +33,8 @@ class Int:
     name: str
     size: int
     signed: bool = False
-    little: bool = False
+    label: str = ""
+    """What QEMU's description calls the type, when it is not `uint32` and the like."""
 
     def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
         """See Field."""
@@ -50,18 +51,18 @@ class Int:
     @property
     def type(self) -> str:
         """QEMU's name of the type."""
-        return f"{'' if self.signed else 'u'}int{8 * self.size}{' le' if self.little else ''}"
+        return self.label or f"{'' if self.signed else 'u'}int{8 * self.size}"
 
     def pack(self, value: int, path: str) -> bytes:
         """Return the bytes of `value`; raise ValueError when it does not fit."""
         try:
-            return value.to_bytes(self.size, "little" if self.little else "big", signed=self.signed)
+            return value.to_bytes(self.size, "big", signed=self.signed)
         except OverflowError:
             raise ValueError(f"{path}: {value} is not a {self.type}") from None
 
     def unpack(self, data: bytes) -> int:
         """Return the number in `data`."""
-        return int.from_bytes(data, "little" if self.little else "big", signed=self.signed)
+        return int.from_bytes(data, "big", signed=self.signed)
 
 
 @dataclass(frozen=True)
