@@ -403,7 +403,7 @@ def test_a_failed_open_leaves_no_descriptor(path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", broken)
-        with pytest.raises(BackendError, match=f"Could not use '{path}': Input/output error"):
+        with pytest.raises(BackendError, match=f"Could not open '{path}': Input/output error"):
             open_raw(str(path))
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -29,11 +29,19 @@ class Gate:
             if not self._inside:
                 self._condition.notify_all()
 
-    def shut(self, refusal: int = errno.ESHUTDOWN) -> None:
-        """Refuse requests with `refusal` from now on, and return when nobody is inside any more."""
+    @property
+    def refusal(self) -> int:
+        """The errno requests are refused with; 0 when they are let in."""
+        return self._refusal
+
+    def shut(self, refusal: int = errno.ESHUTDOWN, timeout: float | None = None) -> bool:
+        """Refuse requests with `refusal` from now on, and return when nobody is inside any more.
+
+        False when somebody still is after `timeout` seconds.
+        """
         with self._condition:
             self._refusal = refusal
-            self._condition.wait_for(lambda: not self._inside)
+            return self._condition.wait_for(lambda: not self._inside, timeout)
 
     def open(self) -> None:
         """Let requests in again."""

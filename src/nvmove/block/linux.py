@@ -20,6 +20,8 @@ FALLOC_FL_ZERO_RANGE = 0x10
 # linux/fs.h; each takes a struct of two u64: start and length in bytes
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
+# linux/fs.h: whether the device is read-only (int)
+BLKROGET = 0x125E
 # linux/fs.h: size in bytes (u64)
 BLKGETSIZE64 = 0x80081272
 
@@ -48,6 +50,11 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def block_device_size(fd: int) -> int:
     """Return the size of a block device in bytes; raises OSError."""
     return int(struct.unpack("=Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0])
+
+
+def block_device_is_read_only(fd: int) -> bool:
+    """Whether writes to a block device fail, although it may be open for writing; raises OSError."""
+    return bool(struct.unpack("=i", fcntl.ioctl(fd, BLKROGET, bytes(4)))[0])
 
 
 def block_device_range(fd: int, request: int, offset: int, length: int) -> None:

@@ -13,6 +13,7 @@ import stat
 
 import msgspec
 
+from nvmove.block import linux
 from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import OpenOptions
 from nvmove.block.direct import DirectTransfer
@@ -147,12 +148,12 @@ def open_raw(filename: str, *, options: OpenOptions | None = None, active: bool 
     try:
         _check_kind(path)
         try:
-            fd = os.open(path, _flags(options))
+            fd = _open(path, options)
         except OSError as error:
             if not options.auto_read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             options = _read_only(options)
-            fd = os.open(path, _flags(options))
+            fd = _open(path, options)
     except OSError as error:
         raise BackendError(f"Could not open '{path}': {error.strerror}{_hint(error, options)}") from None
     try:
@@ -176,9 +177,18 @@ def _check_kind(path: str) -> None:
         raise BackendError(f"Could not open '{path}': it is neither a regular file nor a block device")
 
 
-def _flags(options: OpenOptions) -> int:
+def _open(path: str, options: OpenOptions) -> int:
+    """Open an image and return its descriptor; raises OSError."""
     access = os.O_RDONLY if options.read_only else os.O_RDWR
-    return access | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if options.direct else 0)
+    fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if options.direct else 0))
+    try:
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        if is_device and not options.read_only and linux.block_device_is_read_only(fd):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))  # Linux opens it all the same; QEMU refuses too
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _read_only(options: OpenOptions) -> OpenOptions:

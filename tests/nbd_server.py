@@ -1,0 +1,150 @@
+"""A small NBD server for tests, whose features, errors and silences can be chosen (NBD's proto.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM, ZEROES = 1, 2, 4, 8, 32, 64
+ALL = HAS_FLAGS | FLUSH | FUA | TRIM | ZEROES
+COMMANDS = {0: "read", 1: "write", 2: "disconnect", 3: "flush", 4: "trim", 6: "zero"}
+_OPTION_MAGIC, _REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
+_OPT_INFO, _OPT_GO = 6, 7
+_REP_ACK, _REP_INFO, _ERR_UNSUP = 1, 3, 0x80000001
+
+
+class Command(NamedTuple):
+    """A command that arrived; bit 0 of `flags` is FUA, bit 1 NO_HOLE."""
+
+    name: str
+    offset: int
+    length: int
+    flags: int
+
+
+@dataclass
+class Server:
+    """Serves `data`, one client after the other."""
+
+    data: bytearray
+    flags: int = ALL
+    blocks: tuple[int, int, int] | None = None
+    """Minimum, preferred, maximum block size, when they are to be told."""
+    commands: list[Command] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
+    """NBD errors to answer commands with, by name."""
+    muted: threading.Event = field(default_factory=threading.Event)
+    """While set, commands are read and not answered."""
+    arrived: threading.Condition = field(default_factory=threading.Condition)
+    held: list[bytes] = field(default_factory=list)
+    """Replies to what came while muted."""
+    client: socket.socket | None = None
+
+    def names(self) -> list[str]:
+        """The commands so far, without their ranges."""
+        return [command.name for command in self.commands]
+
+    def wait_for(self, count: int) -> None:
+        """Wait until `count` commands have arrived."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.commands) >= count, 20)
+
+    def drop(self) -> None:
+        """Cut the client off."""
+        assert self.client is not None
+        self.client.shutdown(socket.SHUT_RDWR)
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serve until the listener is closed."""
+        while True:
+            try:
+                self.client, _ = listener.accept()
+            except OSError:
+                return
+            with self.client, contextlib.suppress(OSError, EOFError):
+                if self._handshake(self.client):
+                    self._transmission(self.client)
+
+    def _handshake(self, client: socket.socket) -> bool:
+        client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+        _exactly(client, 4)
+        while True:
+            _, option, length = struct.unpack(">QII", _exactly(client, 16))
+            _exactly(client, length)
+
+            def reply(kind: int, payload: bytes = b"", option: int = option) -> None:
+                client.sendall(struct.pack(">QIII", _REPLY_MAGIC, option, kind, len(payload)) + payload)
+
+            if option not in (_OPT_GO, _OPT_INFO):
+                reply(_ERR_UNSUP)
+                continue
+            reply(_REP_INFO, struct.pack(">HQH", 0, len(self.data), self.flags))
+            if self.blocks:
+                reply(_REP_INFO, struct.pack(">HIII", 3, *self.blocks))
+            reply(_REP_ACK)
+            if option == _OPT_GO:
+                return True
+
+    def _transmission(self, client: socket.socket) -> None:
+        while True:
+            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", _exactly(client, 28))
+            name = COMMANDS[kind]
+            payload = _exactly(client, length) if name == "write" else b""
+            if name == "disconnect":
+                return
+            with self.arrived:
+                self.commands.append(Command(name, offset, length, flags))
+                self.arrived.notify_all()
+            error = self.errors.get(name, 0)
+            answer = struct.pack(">IIQ", 0x67446698, error, cookie)
+            if not error:
+                answer += self._do(name, offset, length, payload)
+            self.held.append(answer)
+            if not self.muted.is_set():
+                for reply in reversed(self.held):  # out of order, as a server may
+                    client.sendall(reply)
+                self.held.clear()
+
+    def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
+        if name == "read":
+            return bytes(self.data[offset : offset + length])
+        if name == "write":
+            self.data[offset : offset + length] = payload
+        elif name == "zero":
+            self.data[offset : offset + length] = bytes(length)
+        return b""
+
+
+def _exactly(client: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = client.recv(count - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+@contextlib.contextmanager
+def serving(server: Server, path: Path) -> Iterator[Server]:
+    """Serve on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(8)
+        thread = threading.Thread(target=server.serve, args=(listener,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            if server.client is not None:
+                with contextlib.suppress(OSError):
+                    server.client.shutdown(socket.SHUT_RDWR)
+            thread.join(20)
+    path.unlink()
