@@ -153,7 +153,7 @@ def test_a_list_that_did_not_reach_the_guest_is_kept(guest: Guest) -> None:
 
 def test_effects_are_qemus_for_the_commands_that_exist(guest: Guest) -> None:
     data = guest.get_log(Log.COMMANDS_SUPPORTED, 4096).data
-    effects = {index: dword(data, index) & 0xFFFF for index in range(512) if dword(data, index)}
+    effects = {index: dword(data, index) for index in range(512) if dword(data, index)}
     writes = {256 + op: 3 for op in (Nvm.FLUSH, Nvm.WRITE, Nvm.WRITE_ZEROES, Nvm.DATASET_MANAGEMENT, Nvm.COPY)}
     reads = {256 + op: 1 for op in (Nvm.READ, Nvm.COMPARE, Nvm.VERIFY)}
     admin = dict.fromkeys((0, 1, 2, 4, 5, 6, 8, 9, 10, 12), 1)

@@ -36,15 +36,12 @@ _ADMIN = (
 """Commands that change no namespace."""
 
 ADMIN_EFFECTS: dict[int, int] = {
-    **dict.fromkeys(_ADMIN, EFFECT_SUPPORTED | FEATURE_SCOPE_CONTROLLER),
-    Admin.NAMESPACE_ATTACHMENT: EFFECT_SUPPORTED
-    | EFFECT_NAMESPACE_INVENTORY
-    | EFFECT_CONTROLLER_CAPABILITY
-    | FEATURE_SCOPE_NAMESPACE,
-    Admin.FORMAT_NVM: EFFECT_SUPPORTED | EFFECT_CONTENT | EFFECT_NAMESPACE_CAPABILITY | FEATURE_SCOPE_NAMESPACE,
+    **dict.fromkeys(_ADMIN, EFFECT_SUPPORTED),
+    Admin.NAMESPACE_ATTACHMENT: EFFECT_SUPPORTED | EFFECT_NAMESPACE_INVENTORY | EFFECT_CONTROLLER_CAPABILITY,
+    Admin.FORMAT_NVM: EFFECT_SUPPORTED | EFFECT_CONTENT | EFFECT_NAMESPACE_CAPABILITY,
 }
 
-_READS = EFFECT_SUPPORTED | FEATURE_SCOPE_NAMESPACE
+_READS = EFFECT_SUPPORTED
 _WRITES = _READS | EFFECT_CONTENT
 
 IO_EFFECTS: dict[int, int] = {
@@ -57,7 +54,8 @@ IO_EFFECTS: dict[int, int] = {
     Nvm.VERIFY: _READS,
     Nvm.COPY: _WRITES,
 }
-"""Those of QEMU's nvme, with the scope added: Flush counts as one that changes content there."""
+"""Those of QEMU's nvme: Flush counts as one that changes content there. No scope of a command is reported, because
+Linux warns of "unusual effects" of an I/O command that says more than these two bits."""
 
 FEATURE_EFFECTS: dict[int, int] = {
     feature: EFFECT_SUPPORTED
