@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 DEFAULT_MAXIMUM = 32 << 20
 """Bytes of payload that a server takes when it does not say ("Block size constraints" in NBD's proto.md)."""
 
+_EVENTS = (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT)
+"""What to poll for, by libnbd's direction."""
+
 _GOODBYE = 1.0
 """Seconds that the server gets for its part in the end of the connection."""
 
@@ -49,6 +52,9 @@ class Connection:
         self._uri = uri
         self._handle = Handle()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._polled = (-1, 0)
+        """The socket and the events that `_poll` waits for besides the wake-up."""
+        self._poll = self._poll_for(*self._polled)
         try:
             self._connect(timeout)
             self.export = self._look()
@@ -135,7 +141,7 @@ class Connection:
                 except NbdError as error:
                     # The connection just died, as is_lost tells, or another thread's command moved the state on.
                     _log.debug("nbd: %s", error)
-                if self._handle.is_lost:
+                if not self._handle.direction and self._handle.is_lost:
                     break  # `is_lost` before the commands' ends: who is told ENOTCONN may ask
                 self._end_completed()
         finally:
@@ -152,13 +158,11 @@ class Connection:
         Not nbd_poll: it cannot be woken, and takes a server that hung up early for its own caller's mistake.
         """
         direction = self._handle.direction
-        poll = select.poll()
-        poll.register(self._wakeup, select.POLLIN)
+        wanted = _EVENTS[direction & (libnbd.DIRECTION_READ | libnbd.DIRECTION_WRITE)]
         fd = self._handle.fd
-        if fd >= 0:
-            wanted = select.POLLIN if direction & libnbd.DIRECTION_READ else 0
-            poll.register(fd, wanted | (select.POLLOUT if direction & libnbd.DIRECTION_WRITE else 0))
-        ready = dict(poll.poll(None if timeout is None else max(0, int(timeout * 1000))))
+        if (fd, wanted) != self._polled:
+            self._poll, self._polled = self._poll_for(fd, wanted), (fd, wanted)
+        ready = dict(self._poll.poll(None if timeout is None else max(0, int(timeout * 1000))))
         if self._wakeup in ready:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wakeup)
@@ -167,6 +171,13 @@ class Connection:
             self._handle.notify_read()
         elif events:
             self._handle.notify_write()
+
+    def _poll_for(self, fd: int, wanted: int) -> select.poll:
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        if fd >= 0:
+            poll.register(fd, wanted)
+        return poll
 
     def _end_completed(self) -> None:
         while (ended := self._handle.completed()) is not None:
