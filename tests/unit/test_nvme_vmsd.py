@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.states import SAMPLES, busy, fresh, pin, states
+from tests.nvme_guest import Guest
+from tests.states import SAMPLES, busy, config_space, fresh, pin, states
 
 from nvmove.nvme import state as state_module
 from nvmove.nvme import vmsd_ours as ours
-from nvmove.nvme.vmsd import NVME, DeviceState, dump, from_tree, load, to_tree, zeroes
+from nvmove.nvme.vmsd import NVME, DeviceState, PciImage, dump, from_tree, load, to_tree, zeroes
 from nvmove.nvme.vmsd_qemu import CQ, QEMU_NVME
 from nvmove.vmstate.schema import Reader, StateError, Tree
 from nvmove.vmstate.stream import Section
@@ -43,6 +44,25 @@ def test_a_sample_is_loaded_as_it_was_saved(name: str) -> None:
 def test_the_first_format_keeps_loading(name: str) -> None:
     golden = (GOLDEN / f"{name}.nvmove").read_bytes()
     assert load(golden) == SAMPLES[name]()
+
+
+def test_what_a_controller_at_work_saves_is_what_another_loads() -> None:
+    guest = Guest()
+    guest.write(0, b"x" * 512)
+    guest.aer()
+    controller = guest.controller
+    assert controller.pause(0)
+    saved = controller.save()
+    pci = PciImage(config_space(saved.identity.msix_qsize), bytes(16 * saved.identity.msix_qsize))
+    loaded = load(dump(DeviceState(pci, saved))).controller
+    assert loaded == saved
+    other = Guest()
+    assert other.controller.pause(0)
+    other.controller.load(loaded)
+    again = other.controller.save()
+    for state in (saved, again):  # clocks
+        state.smart.power_on_ms = state.features.timestamp_age = 0
+    assert again == saved
 
 
 def test_every_class_of_the_state_has_a_part_in_the_saved_state() -> None:
@@ -75,8 +95,14 @@ def test_the_fields_are_qemus_and_subsections_follow_only_when_needed() -> None:
 
 def test_what_a_state_does_not_use_is_not_in_it() -> None:
     full = {s["vmsd_name"] for s in NVME.write(bytearray(), to_tree(busy()))["subsections"]}
-    assert full == {s.name for s in ours.SUBSECTIONS} - {ours.IRQ_STATUS}
+    assert full == {s.name for s in ours.SUBSECTIONS} - {ours.IRQ_STATUS, ours.REQUESTS}
     assert ours.IRQ_STATUS in {s["vmsd_name"] for s in NVME.write(bytearray(), to_tree(pin()))["subsections"]}
+
+
+def test_more_aers_than_qemu_can_count_are_saved_all() -> None:
+    state = busy()
+    state.controller.events.outstanding = list(range(1000, 1256))
+    assert load(dump(state)) == state
 
 
 def test_qemus_derived_fields_are_those_of_qemu() -> None:

@@ -50,6 +50,15 @@ def test_the_description_is_at_the_end_and_names_all() -> None:
     assert described["devices"][0]["subsections"][0]["vmsd_name"] == "one/sub"
 
 
+def test_analyze_migration_finds_the_brace_where_the_description_begins() -> None:
+    # It takes the first one after the last zero byte: the description's length, 31488 to 31743 here, must not have one.
+    for count in range(200, 260):
+        wide = VMStateDescription("wide", fields=tuple(Int(f"{index:0100}", 1) for index in range(count)))
+        data = dump([(Section("wide", {f.name: 0 for f in wide.fields}), wide)])
+        assert data[data.index(b"{", data.rindex(b"\0")) :].startswith(b'{"page_size"')
+        assert load(data, {"wide": wide})
+
+
 def test_a_stream_is_loaded_as_it_was_written() -> None:
     assert load(WHOLE, KNOWN) == SECTIONS
 

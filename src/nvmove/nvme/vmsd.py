@@ -138,7 +138,7 @@ def _controller_tree(c: ControllerState) -> Tree:
         "page_bits": page_bits,
         "max_prp_ents": (1 << page_bits >> 3) & 0xFFFF,
         "max_q_ents": 0,
-        "outstanding_aers": len(c.events.outstanding),
+        "outstanding_aers": min(len(c.events.outstanding), ours.MAX_AERS),
         "irq_status": c.irq_status & 0xFFFF_FFFF,
         "cq_pending": sum(cq.irq_enabled and cq.head != cq.tail for cq in c.cqs),
         "host_timestamp": c.features.timestamp,
@@ -152,7 +152,7 @@ def _controller_tree(c: ControllerState) -> Tree:
         "dbbuf_eis": 0,
         "dbbuf_enabled": False,
         "aer_mask": sum(1 << kind for kind in c.events.masked),
-        "aer_reqs": [_aer_tree(cid) for cid in c.events.outstanding],
+        "aer_reqs": [_aer_tree(cid) for cid in c.events.outstanding[: ours.MAX_AERS]],
         "aer_queue": [_event_tree(event) for event in c.events.queued],
         "aer_queued": len(c.events.queued),
         "namespace": _namespace_tree(c),
@@ -314,7 +314,7 @@ def _events_from(tree: Tree) -> EventsState:
     if None in tree["aer_reqs"]:
         raise StateError("nvme.aer_reqs: a request that is not there")
     return EventsState(
-        outstanding=[request["cmd"]["cid"] for request in tree["aer_reqs"]],
+        outstanding=[request["cmd"]["cid"] for request in tree["aer_reqs"]] + ours.more_aers(tree),
         queued=[
             EventState(kind=result["event_type"], info=result["event_info"], log=result["log_page"])
             for result in (event["result"] for event in tree["aer_queue"])

@@ -32,6 +32,7 @@ SMART = PREFIX + "smart"
 ERROR_LOG = PREFIX + "error-log"
 CHANGED = PREFIX + "changed-namespaces"
 IRQ_STATUS = PREFIX + "irq-status"
+REQUESTS = PREFIX + "more-aers"
 
 MAX_QUEUES = 1 << 16
 MAX_NAMESPACES = 256
@@ -40,6 +41,8 @@ MAX_CHANGED = 1024
 """Entries of the Changed Namespace List (Base 5.16.1.5)."""
 MAX_ERRORS = 256
 """Entries of the Error Information log: ELPE is a byte (Base 5.17.2.1)."""
+MAX_AERS = 0xFF
+"""QEMU counts outstanding AERs in a byte; with `aerl=255` there can be one more."""
 MAX_VECTORS = 2048
 """MSI-X vectors (PCI 3.0, 6.8.2.3)."""
 
@@ -137,6 +140,7 @@ EMPTY_QUEUES: Tree = {"queues": []}
 EMPTY_ERRORS: Tree = {"entries": []}
 EMPTY_CHANGED: Tree = {"namespaces": []}
 NO_HIGH_VECTORS: Tree = {"high": b""}
+NO_MORE_AERS: Tree = {"cids": []}
 DEFAULTS: dict[str, Tree] = {
     FEATURES: features_tree(FeaturesState()),
     SMART: smart_tree(SmartState()),
@@ -144,6 +148,7 @@ DEFAULTS: dict[str, Tree] = {
     ERROR_LOG: EMPTY_ERRORS,
     CHANGED: EMPTY_CHANGED,
     IRQ_STATUS: NO_HIGH_VECTORS,
+    REQUESTS: NO_MORE_AERS,
 }
 """What an absent subsection stands for; those not listed are always there."""
 
@@ -162,6 +167,7 @@ SUBSECTIONS = (
     _subsection(ERROR_LOG, Counted("entries", ERROR, MAX_ERRORS)),
     _subsection(CHANGED, Counted("namespaces", NUMBER, MAX_CHANGED)),
     _subsection(IRQ_STATUS, Blob("high", MAX_VECTORS // 8)),
+    _subsection(REQUESTS, Counted("cids", NUMBER, MAX_QUEUES)),
 )
 
 
@@ -177,6 +183,7 @@ def to_subsections(state: ControllerState) -> Tree:
         ERROR_LOG: {"entries": [asdict(entry) for entry in state.error_log]},
         CHANGED: {"namespaces": _numbers(state.changed_namespaces)},
         IRQ_STATUS: {"high": high.to_bytes((high.bit_length() + 7) // 8, "little")},
+        REQUESTS: {"cids": _numbers(state.events.outstanding[MAX_AERS:])},
     }
 
 
@@ -214,6 +221,11 @@ def error_log(tree: Tree) -> list[ErrorEntryState]:
 def changed_namespaces(tree: Tree) -> list[int]:
     """Return the changed-namespace list."""
     return _plain(tree[CHANGED]["namespaces"])
+
+
+def more_aers(tree: Tree) -> list[int]:
+    """Return the outstanding AERs that QEMU's fields have no room for."""
+    return _plain(tree[REQUESTS]["cids"])
 
 
 def irq_status(tree: Tree) -> int:
