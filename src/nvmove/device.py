@@ -10,6 +10,7 @@ apart (`pci_config`, `msix_table`), untouched by what QEMU writes meanwhile, unt
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -274,10 +275,24 @@ class NvmeDevice:
             self.reset(lambda: None)
 
     def _reset(self, done: Callable[[], None]) -> None:
-        # The controller first: once its queues are dropped it raises no interrupt any more.
-        self.controller.reset(done)
+        # The controller first: once its queues are dropped it raises no interrupt any more. It may be done at once, or
+        # later on another thread; whoever waits is told when this side is done too.
+        part_done = _after_both(done)
+        self.controller.reset(part_done)
         with self._lock:
             self._config.reset()
             self._loaded = None
             self._table = _MSIX_ENTRY_RESET * (len(self._table) // len(_MSIX_ENTRY_RESET))
         self._lines.reset()
+        part_done()
+
+
+def _after_both(done: Callable[[], None]) -> Callable[[], None]:
+    """Return what calls `done` when it is called for the second time, from any thread."""
+    calls = itertools.count(1)  # its next() is atomic
+
+    def part_done() -> None:
+        if next(calls) == 2:
+            done()
+
+    return part_done
