@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,7 @@ UNLIMITED = 1 << 62
 
 
 class Controller:
-    """One NVMe controller."""
+    """One NVMe controller. `clock` gives seconds that only grow: for timestamps and power-on hours."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Controller:
         memory: Memory,
         interrupts: Interrupts,
         engine: Engine,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.memory = memory
@@ -89,8 +91,8 @@ class Controller:
         """Counts disables and resets: a command of an earlier epoch completes without a trace."""
         self.events = EventQueue(config.aerl + 1, config.aer_max_queued)
         self.namespaces = NamespaceTable(config, backends)
-        self.features = Features(config)
-        self.logs = Logs(config)
+        self.features = Features(config, clock)
+        self.logs = Logs(config, clock)
         self._runner = Runner(self)
         engine.bind(self.run)
 

@@ -56,7 +56,7 @@ def _prps(prp1: int, prp2: int, length: int, page_size: int, memory: Reader) -> 
         return []
     offset = prp1 & (page_size - 1)
     if offset & 3:
-        raise CommandError(Status.INVALID_PRP_OFFSET)
+        raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
     first = min(length, page_size - offset)
     segments = [Segment(prp1, first)]
     rest = length - first
@@ -64,10 +64,10 @@ def _prps(prp1: int, prp2: int, length: int, page_size: int, memory: Reader) -> 
         return segments
     if rest <= page_size:
         if prp2 & (page_size - 1):
-            raise CommandError(Status.INVALID_PRP_OFFSET)
+            raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
         return _append(segments, prp2, rest)
     if prp2 & (PRP_SIZE - 1):
-        raise CommandError(Status.INVALID_PRP_OFFSET)
+        raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
     pointer = prp2
     while True:
         room = (page_size - (pointer & (page_size - 1))) // PRP_SIZE
@@ -77,14 +77,14 @@ def _prps(prp1: int, prp2: int, length: int, page_size: int, memory: Reader) -> 
         entries = memoryview(memory.read(pointer, count * PRP_SIZE)).cast("Q")
         for entry in entries[: count - 1] if chained else entries:
             if entry & (page_size - 1):
-                raise CommandError(Status.INVALID_PRP_OFFSET)
+                raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
             _append(segments, entry, min(rest, page_size))
             rest -= min(rest, page_size)
         if not chained:
             return segments
         pointer = entries[-1]
         if pointer & (page_size - 1):
-            raise CommandError(Status.INVALID_PRP_OFFSET)
+            raise CommandError(Status.INVALID_PRP_OFFSET, location=LOCATION)
 
 
 def _append(segments: list[Segment], address: int, length: int) -> list[Segment]:
@@ -126,6 +126,8 @@ def _sgl(descriptor: bytes, length: int, memory: Reader) -> list[Segment]:
             else:  # bit buckets too: Identify's SGLS does not offer them
                 raise CommandError(Status.SGL_TYPE_INVALID)
         if following is None:
+            if not is_last:
+                raise CommandError(Status.INVALID_SGL_SEGMENT)
             break
         address, size, kind = following
         if size == 0 or size % SGL_SIZE:

@@ -1,0 +1,330 @@
+"""A host driver for the controller, in process: guest memory, interrupt lines, a disk, rings. Nothing here sleeps."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nvmove.block.backend import Operation, Request
+from nvmove.engine.inline import InlineEngine
+from nvmove.nvme.config import ControllerConfig, NamespaceConfig
+from nvmove.nvme.controller import Controller
+from nvmove.nvme.seams import DmaError, Engine, Segment
+from nvmove.nvme.spec import CQE, CQE_SIZE, DOORBELLS, SQE_SIZE, Admin, Register
+from nvmove.nvme.state import ControllerState
+
+MEMORY = 8 << 20
+CC = 6 << 16 | 4 << 20 | 6 << 4
+"""I/O queue entry sizes, all command sets; CC.EN is not set."""
+DATA = 0x10_0000
+"""Where commands' data is, unless they say otherwise."""
+
+
+class Ram:
+    """Guest memory from address 0; `holes` are runs of addresses that are not mapped."""
+
+    def __init__(self, size: int = MEMORY) -> None:
+        self.data = bytearray(size)
+        self.holes: list[range] = []
+        self.reads: list[tuple[int, int]] = []
+
+    def _check(self, address: int, length: int) -> None:
+        inside = address + length <= len(self.data)
+        if not inside or any(hole.start < address + length and address < hole.stop for hole in self.holes):
+            raise DmaError(f"{address:#x}")
+
+    def read(self, address: int, length: int) -> bytes:
+        self._check(address, length)
+        self.reads.append((address, length))
+        return bytes(self.data[address : address + length])
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        self._check(address, len(data))
+        self.data[address : address + len(data)] = data
+
+    def acquire(self, segments: Sequence[Segment], to_guest: bool) -> Mapped:
+        for address, length in segments:
+            self._check(address, length)
+        view = memoryview(self.data)
+        return Mapped([view[address : address + length] for address, length in segments])
+
+
+class Mapped:
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self.buffers = buffers
+
+    def finish(self, commit: bool = True) -> None:
+        self.buffers = ()
+
+
+class Lines:
+    """The interrupt lines, and what was sent over them."""
+
+    def __init__(self, msix: bool = True) -> None:
+        self.msix_enabled = msix
+        self.signals: list[int] = []
+        self.level = False
+
+    def signal(self, vector: int) -> None:
+        self.signals.append(vector)
+
+    def set_level(self, asserted: bool) -> None:
+        self.level = asserted
+
+    def up(self) -> bool:
+        """Whether the INTx pin is asserted."""
+        return self.level
+
+
+class Disk:
+    """A disk in memory. With `hold`, requests wait until `finish`."""
+
+    def __init__(self, size: int = 1 << 20, hold: bool = False) -> None:
+        self.data = bytearray(size)
+        self.hold = hold
+        self.held: list[Request] = []
+        self.operations: list[Operation] = []
+        self._lock = threading.Lock()
+        self.read_only = False
+        self.supports_discard = True
+        self.request_alignment = 1
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def refresh_size(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        pass
+
+    def submit(self, request: Request) -> None:
+        with self._lock:
+            self.operations.append(request.operation)
+            self.held.append(request)
+        if not self.hold:
+            self.finish()
+
+    def finish(self, count: int = 1 << 30) -> None:
+        """Finish the oldest `count` requests that are held."""
+        with self._lock:
+            ready, self.held = self.held[:count], self.held[count:]
+        for request in ready:
+            at = request.offset
+            for buffer in request.buffers:
+                if request.operation is Operation.READ:
+                    buffer[:] = self.data[at : at + len(buffer)]
+                else:
+                    self.data[at : at + len(buffer)] = buffer
+                at += len(buffer)
+            request.done(0)
+
+
+class Completion(NamedTuple):
+    result: int
+    sq_head: int
+    sqid: int
+    cid: int
+    status: int
+    dnr: bool
+
+
+class Entries:
+    """The host's side of a completion queue."""
+
+    def __init__(self, cqid: int, address: int, size: int) -> None:
+        self.cqid, self.address, self.size = cqid, address, size
+        self.head, self.phase = 0, 1
+
+
+class Ring:
+    """The host's side of a submission queue; several may have the same `cq`."""
+
+    def __init__(self, address: int, size: int, cq: Entries) -> None:
+        self.address, self.size, self.cq = address, size, cq
+        self.tail = 0
+
+
+CONFIG = ControllerConfig(
+    serial="S1",
+    namespaces=(NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1)),),
+)
+
+
+def sqe(
+    opcode: int, cid: int = 0, nsid: int = 0, prp1: int = DATA, prp2: int = 0, flags: int = 0, **dwords: int
+) -> bytes:
+    """Pack an SQE; `dwords` are cdw10…cdw15."""
+    values = [dwords.pop(f"cdw{number}", 0) for number in range(10, 16)]
+    assert not dwords
+    return struct.pack("<BBHIQQQQ6I", opcode, flags, cid, nsid, 0, 0, prp1, prp2, *values)
+
+
+class Host:
+    """A controller and the driver of it. Other arguments are the configuration's."""
+
+    def __init__(
+        self,
+        *,
+        ram: Ram | None = None,
+        lines: Lines | None = None,
+        disk: Disk | None = None,
+        engine: Engine | None = None,
+        config: ControllerConfig = CONFIG,
+    ) -> None:
+        self.ram = ram or Ram()
+        self.lines = lines or Lines()
+        self.disk = disk or Disk()
+        self.config = config
+        self.engine = engine or InlineEngine()
+        self.now = 0.0
+        self.controller = self._new()
+        self.rings: dict[int, Ring] = {}
+        self.cqs: dict[int, Entries] = {}
+        self.cid = 0
+
+    def _new(self) -> Controller:
+        return Controller(self.config, {"d0": self.disk}, self.ram, self.lines, self.engine, lambda: self.now)
+
+    # Registers.
+
+    def get(self, register: int, size: int = 4) -> int:
+        return self.controller.read(register, size)
+
+    def set(self, register: int, value: int, size: int = 4) -> None:
+        self.controller.write(register, size, value)
+
+    @property
+    def csts(self) -> int:
+        return self.get(Register.CSTS)
+
+    def enable(self, entries: int = 32, cc: int = CC) -> None:
+        self.cqs = {0: Entries(0, 0x2000, entries)}
+        self.rings = {0: Ring(0x1000, entries, self.cqs[0])}
+        self.ram.data[0x1000:0x3000] = bytes(0x2000)
+        self.set(Register.AQA, entries - 1 << 16 | entries - 1)
+        self.set(Register.ASQ, 0x1000, 8)
+        self.set(Register.ACQ, 0x2000, 8)
+        self.set(Register.CC, cc | 1)
+
+    def disable(self) -> None:
+        self.set(Register.CC, CC)
+
+    # Queues.
+
+    def drain(self) -> None:
+        assert isinstance(self.engine, InlineEngine)
+        self.engine.drain()
+
+    def put(self, qid: int, entry: bytes) -> None:
+        """Put an SQE into the ring; `ring_sq` tells the controller."""
+        ring = self.rings[qid]
+        at = ring.address + ring.tail * SQE_SIZE
+        self.ram.data[at : at + SQE_SIZE] = entry
+        ring.tail = (ring.tail + 1) % ring.size
+
+    def ring_sq(self, qid: int) -> None:
+        self.set(DOORBELLS + 8 * qid, self.rings[qid].tail)
+
+    def ring_cq(self, cqid: int) -> None:
+        self.set(DOORBELLS + 8 * cqid + 4, self.cqs[cqid].head)
+
+    def submit(self, qid: int, opcode: int, **fields: int) -> int:
+        """Submit a command without running it; return its command id."""
+        self.cid = (self.cid + 1) % 0xFFFF
+        self.put(qid, sqe(opcode, self.cid, **fields))
+        self.ring_sq(qid)
+        return self.cid
+
+    def peek(self, cqid: int) -> Completion | None:
+        """The next completion of completion queue `cqid`, not consumed."""
+        cq = self.cqs[cqid]
+        at = cq.address + cq.head * CQE_SIZE
+        result, sq_head, sqid, cid, status = CQE.unpack(self.ram.data[at : at + CQE_SIZE])
+        if status & 1 != cq.phase:
+            return None
+        return Completion(result, sq_head, sqid, cid, status >> 1 & 0x7FF, bool(status >> 15))
+
+    def reap(self, cqid: int, limit: int = 1 << 30, doorbell: bool = True) -> list[Completion]:
+        """Consume the completions of completion queue `cqid`."""
+        cq, found = self.cqs[cqid], list[Completion]()
+        while len(found) < limit and (completion := self.peek(cqid)) is not None:
+            found.append(completion)
+            cq.head += 1
+            if cq.head == cq.size:
+                cq.head, cq.phase = 0, cq.phase ^ 1
+        if found and doorbell:
+            self.ring_cq(cqid)
+        return found
+
+    def command(self, qid: int, opcode: int, **fields: int) -> Completion:
+        """Run one command to its end."""
+        cid = self.submit(qid, opcode, **fields)
+        self.drain()
+        (completion,) = self.reap(self.rings[qid].cq.cqid)
+        assert completion.cid == cid
+        return completion
+
+    def admin(self, opcode: int, **fields: int) -> Completion:
+        return self.command(0, opcode, **fields)
+
+    def create_cq(self, cqid: int, size: int = 16, vector: int = 0, flags: int = 3, **fields: int) -> Completion:
+        fields.setdefault("prp1", 0x2_0000 + 0x1_0000 * cqid)
+        return self.admin(Admin.CREATE_CQ, cdw10=size - 1 << 16 | cqid, cdw11=vector << 16 | flags, **fields)
+
+    def create_sq(self, sqid: int, cqid: int, size: int = 16, flags: int = 1, **fields: int) -> Completion:
+        fields.setdefault("prp1", 0x8_0000 + 0x1_0000 * sqid)
+        return self.admin(Admin.CREATE_SQ, cdw10=size - 1 << 16 | sqid, cdw11=cqid << 16 | flags, **fields)
+
+    def create(
+        self, qid: int = 1, cqid: int | None = None, sq_size: int = 16, cq_size: int = 16, vector: int = 0
+    ) -> None:
+        """Create submission queue `qid`, with completion queue `cqid` unless that is there."""
+        cqid = qid if cqid is None else cqid
+        if cqid not in self.cqs:
+            assert self.create_cq(cqid, cq_size, vector).status == 0
+            address = 0x2_0000 + 0x1_0000 * cqid
+            self.ram.data[address : address + 0x1_0000] = bytes(0x1_0000)
+            self.cqs[cqid] = Entries(cqid, address, cq_size)
+        assert self.create_sq(qid, cqid, sq_size).status == 0
+        self.rings[qid] = Ring(0x8_0000 + 0x1_0000 * qid, sq_size, self.cqs[cqid])
+
+    def delete_sq(self, sqid: int) -> Completion:
+        completion = self.admin(Admin.DELETE_SQ, cdw10=sqid)
+        if completion.status == 0:
+            del self.rings[sqid]
+        return completion
+
+    def delete_cq(self, cqid: int) -> Completion:
+        completion = self.admin(Admin.DELETE_CQ, cdw10=cqid)
+        if completion.status == 0:
+            del self.cqs[cqid]
+        return completion
+
+    # Saving.
+
+    def move(self) -> ControllerState:
+        """Save, and go on with a new controller that has loaded the state; memory, lines and disk stay."""
+        state = self.save()
+        self.replace()
+        self.controller.load(state)
+        assert self.controller.save() == state
+        self.controller.resume()
+        return state
+
+    def save(self) -> ControllerState:
+        assert self.controller.pause(0)
+        return self.controller.save()
+
+    def replace(self) -> None:
+        """A new controller, paused, as in a new process."""
+        self.engine.close()
+        self.engine = InlineEngine()
+        self.lines.signals.clear()
+        self.lines.level = False
+        self.controller = self._new()
+        self.controller.pause(0)
