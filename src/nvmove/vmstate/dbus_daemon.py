@@ -12,6 +12,8 @@ import string
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from nvmove.errors import UserError
+
 START_TIMEOUT = 10.0
 """Seconds. The daemon answers in a few milliseconds; a machine under load may take much longer."""
 SOCKET_PATH_MAX = 107
@@ -38,7 +40,7 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
 _prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
-class BusError(Exception):
+class BusError(UserError):
     """The private bus cannot be used: one line that says why and how to mend it."""
 
 
