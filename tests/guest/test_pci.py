@@ -114,3 +114,15 @@ def test_intx_works_where_msix_is_switched_off(tree: Sysroot, work: Path) -> Non
         Fio("v", blocks=256).start(machine.console)
         Fio("v", blocks=256).wait(machine.console)
         assert disk_complaints(machine.console) == []
+
+
+def test_a_function_level_reset_by_the_guest_is_survived(tree: Sysroot, work: Path) -> None:
+    image = make_image(tree, work / "d0.raw")
+    with served(image, work / "s") as device, clean_machine(tree, [], work / "m") as machine:
+        machine.boot(["-M", "q35", *SHARED, *vfio_user(work / "s", addr="2")])
+        resets = device.resets
+        assert machine.console.check("cat /sys/bus/pci/devices/0000:00:02.0/reset_method") == "flr"
+        machine.console.check("echo 1 > /sys/bus/pci/devices/0000:00:02.0/reset")
+        assert device.resets > resets
+        Fio("v", blocks=256).start(machine.console)
+        Fio("v", blocks=256).wait(machine.console)
