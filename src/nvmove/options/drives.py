@@ -80,6 +80,7 @@ _FILE_NODE_KEYS = frozenset(
         "cache.no-flush",
     ]
 )
+_INHERITED = ("cache.direct", "cache.no-flush", "read-only", "auto-read-only")
 _LOCAL = ("file", "host_device")
 
 
@@ -160,12 +161,8 @@ def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[s
         if below in nodes:
             protocol = _flat(nodes[below])
         elif not below:
-            inline = {k.removeprefix("file."): v for k, v in plain.values.items() if k.startswith("file.")}
-            protocol = Option(node.where, inline, node.is_json)
-            below = str(inline.get("node-name", ""))
-            plain = Option(
-                node.where, {k: v for k, v in plain.values.items() if not k.startswith("file.")}, node.is_json
-            )
+            plain, protocol = _inline(plain)
+            below = str(protocol.values.get("node-name", ""))
     known = _RAW_NODE_KEYS if plain.values.get("driver") == "raw" else _FILE_NODE_KEYS
     local = protocol.values.get("driver") in _LOCAL and "filename" in protocol.values
     in_qemu = (
@@ -184,6 +181,17 @@ def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[s
     )
     gone = (name, below) if below and not in_qemu else (name,)
     return Drive(config=config, in_qemu=in_qemu, option=node, nodes=gone)
+
+
+def _inline(node: Option) -> tuple[Option, Option]:
+    """Return a node and the one described within it (`file.…`), with the defaults that QEMU lets it inherit."""
+    top = {key: value for key, value in node.values.items() if not key.startswith("file.")}
+    below = {key.removeprefix("file."): value for key, value in node.values.items() if key.startswith("file.")}
+    inherited = {key: top[key] for key in _INHERITED if key in top}
+    return (
+        Option(node.where, top, node.is_json),
+        Option(node.where, {"discard": "unmap", **inherited, **below}, node.is_json),
+    )
 
 
 def _flat(option: Option) -> Option:
@@ -221,21 +229,22 @@ def _drive_options(option: Option, cdrom: bool) -> OpenOptions:
 
 
 def _node_options(top: Option, protocol: Option) -> OpenOptions:
-    """Return the options of a node; what the file below it says counts where the node itself says nothing.
+    """Return the options of a node and its file: each node on the way to the disk has its say.
 
-    A discard passes only when both let it, and the file's own `cache` is what opens it.
+    A discard passes only when both let it; the file is opened as the file's own options say.
     """
 
     def switch(name: str) -> bool:
         return syntax.boolean(top, name, False) or syntax.boolean(protocol, name, False)
 
+    zeroes = _detect_zeroes(top)
     return OpenOptions(
         read_only=switch("read-only"),
-        auto_read_only=switch("auto-read-only"),
-        direct=switch("cache.direct"),
+        auto_read_only=syntax.boolean(protocol, "auto-read-only", False),
+        direct=syntax.boolean(protocol, "cache.direct", False),
         no_flush=switch("cache.no-flush"),
         discard="unmap" if _discard(top) == "unmap" and _discard(protocol) == "unmap" else "ignore",
-        detect_zeroes=_detect_zeroes(top) if "detect-zeroes" in top.values else _detect_zeroes(protocol),
+        detect_zeroes=zeroes if zeroes != "off" else _detect_zeroes(protocol),
         locking=protocol.get("locking", "auto") != "off",
     )
 

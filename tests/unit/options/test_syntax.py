@@ -75,3 +75,42 @@ def test_broken_json_is_one_line() -> None:
         parse("-device", '{"driver"', json_allowed=True)
     assert str(raised.value).startswith('-device {"driver": 1:10: JSON parse error')
     assert "\n" not in str(raised.value)
+
+
+def test_what_json_says_must_have_the_right_type() -> None:
+    option = parse("-device", '{"a":1,"b":true,"c":"on","d":[1,{"e":2}]}', json_allowed=True)
+    for read in (
+        lambda: option.get("a"),
+        lambda: syntax.boolean(option, "c", False),
+        lambda: syntax.signed(option, "b", 0),
+        lambda: syntax.integer(option, "b", 0, 8),
+        lambda: syntax.size(option, "c", 0),
+        lambda: option.unknown(frozenset({"a"}), "{}?"),
+    ):
+        with pytest.raises(OptionError):
+            read()
+    assert syntax.flatten(option.values) == {"a": 1, "b": True, "c": "on", "d.0": 1, "d.1.e": 2}
+    assert syntax.size(option, "a", 0) == 1
+
+
+def test_json_that_is_no_object_is_refused() -> None:
+    with pytest.raises(OptionError, match="JSON parse error"):
+        parse("-device", "{]", json_allowed=True)
+
+
+def test_ranges_of_signed_integers_and_sizes() -> None:
+    option = parse("-device", "nvme,a=-2147483649,b=-1,c=1E", "driver")
+    assert syntax.signed(option, "b", 0) == -1
+    with pytest.raises(OptionError, match="Parameter 'a' expects int32_t"):
+        syntax.signed(option, "a", 0)
+    with pytest.raises(OptionError, match="Parameter 'c' expects uint32_t"):
+        syntax.size(option, "c", 0, bits=32)
+
+
+def test_an_id_must_be_an_identifier() -> None:
+    with pytest.raises(OptionError, match="Parameter 'id' expects an identifier"):
+        parse("-device", "nvme,id=9bad", "driver")
+
+
+def test_a_bare_word_may_hold_an_escaped_comma() -> None:
+    assert parse("-drive", "a,,b=c.img,if=none", "file").values == {"file": "a,b=c.img", "if": "none"}

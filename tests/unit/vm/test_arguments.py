@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvmove.block.config import OpenOptions
 from nvmove.errors import UserError
 from nvmove.vm import arguments
 from nvmove.vm.endpoints import MonitorMode, StdioAddress, UnixAddress
@@ -254,6 +255,130 @@ def test_monitor_objects_are_monitors() -> None:
 )  # fmt: skip
 def test_refusals_are_one_line(line: str, message: str) -> None:
     assert refusal(line) == message
+
+
+def test_every_port_on_a_monitors_line_gets_a_socket_of_its_own() -> None:
+    ports = "-serial chardev:c -device virtconsole,chardev=c -parallel chardev:c"
+    plan = lift(f"{RAW} {NVME} -chardev stdio,mux=on,id=c -mon c {ports}")
+    (endpoint,) = plan.endpoints
+    assert [(port.id, port.socket.name) for port in endpoint.mux] == [
+        ("c", "mux0"),
+        ("c-port1", "mux1"),
+        ("c-port2", "mux2"),
+    ]
+    words = list(plan.arguments)
+    assert words[words.index("-parallel") + 1] == "chardev:c-port2"
+    assert '{"driver":"virtconsole","chardev":"c-port1"}' in words
+    assert words.index("socket,id=c-port1,path=/run/x/mux1") < words.index(
+        '{"driver":"virtconsole","chardev":"c-port1"}'
+    )
+
+
+def test_two_monitors_on_one_line() -> None:
+    (endpoint,) = lift(f"{RAW} {NVME} -chardev pty,mux=on,id=c -mon c -qmp chardev:c").endpoints
+    assert (endpoint.mode, endpoint.monitors) == (MonitorMode.READLINE, (MonitorMode.CONTROL,))
+    assert "need mux=on" in refusal(f"{RAW} {NVME} -chardev pty,id=c -mon c -qmp chardev:c")
+
+
+@pytest.mark.parametrize(
+    ("node", "in_qemu"),
+    [
+        ("driver=raw,node-name=d0,file.driver=file,file.filename=x,file.node-name=below", False),
+        ('\'{"driver":"raw","node-name":"d0","file":{"driver":"host_device","filename":"/dev/x"}}\'', False),
+        ("driver=raw,node-name=d0,size=512,file.driver=file,file.filename=x", True),
+        ("driver=raw,node-name=d0,file.driver=nbd,file.path=x", True),
+        ("driver=host_device,node-name=d0,filename=/dev/x,cache.direct=on,aio=native", False),
+    ],
+)
+def test_block_nodes(node: str, in_qemu: bool) -> None:
+    plan = lift(f"-blockdev {node} {NVME}")
+    assert (plan.drives[0].in_qemu, plan.drives[0].name, plan.drives[0].node) == (in_qemu, "", "d0")
+    assert ("-blockdev" in plan.arguments) == in_qemu
+
+
+def node_options(*nodes: str) -> OpenOptions:
+    return lift(" ".join(f"-blockdev {node}" for node in nodes) + f" {NVME}").drives[0].config.options
+
+
+def test_a_discard_passes_only_when_every_node_lets_it() -> None:
+    raw, file = "driver=raw,node-name=d0,file=f", "driver=file,node-name=f,filename=x"
+    assert node_options(f"{raw},discard=unmap", f"{file},discard=unmap").discard == "unmap"
+    assert node_options(f"{raw},discard=unmap", file).discard == "ignore"
+    assert node_options(raw, f"{file},discard=unmap").discard == "ignore"
+
+
+def test_a_file_described_within_its_node_inherits_from_it() -> None:
+    raw = "driver=raw,node-name=d0,file.driver=file,file.filename=x"
+    assert node_options(f"{raw},discard=unmap").discard == "unmap"
+    assert node_options(f"{raw},cache.direct=on").direct
+    assert not node_options(f"{raw},cache.direct=on,file.cache.direct=off").direct
+    assert not node_options("raw,node-name=d0,file=f,cache.direct=on", "file,node-name=f,filename=x").direct
+
+
+def test_what_a_configuration_file_may_hold(tmp_path: Path) -> None:
+    def configure(text: str) -> str:
+        (tmp_path / "vm.cfg").write_text(text)
+        return f"-readconfig {tmp_path}/vm.cfg"
+
+    assert lift(f"{configure('[rtc]')} {RAW} {NVME}").devices
+    assert "an nvme device in it is not supported: use -device" in refusal(configure('[device]\n driver = "nvme"'))
+    assert "section [memory] is not supported: use -memory" in refusal(f"{configure('[memory]')} {RAW} {NVME}")
+    assert lift(configure("[memory]")).passthrough
+    assert lift("-readconfig /no/such").passthrough
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("-daemonize", "-daemonize: nvmove serves the disk from the foreground"),
+        ("-run-with chroot=/x", "-run-with chroot=/x: chroot: QEMU would lose its way"),
+        ("-icount shift=1,rr=record,rrfile=f", "-icount shift=1,rr=record,rrfile=f: record and replay"),
+        ("-m x", "-m x: Parameter 'size' expects a non-negative number"),
+        ("-numa node,memdev=m -object memory-backend-ram,id=m,size=1G,share=on", "-object memory-backend-ram"),
+        ("-blockdev driver=null-co", "-blockdev driver=null-co: 'node-name' must be specified for the root node"),
+        ("-chardev null,id=a -chardev null,id=a", "-chardev null,id=a: Duplicate ID 'a' for chardev"),
+        ("-chardev pty,id=a -mon a,mode=x", "-mon a,mode=x: Parameter 'mode' does not accept value 'x'"),
+        ("-chardev pty,id=a -mon a -serial chardev:a", "-serial chardev:a: chardev 'a' is a monitor's too"),
+        ("-chardev null,id=a,mux=on -mon a -serial chardev:a", "-chardev null,id=a,mux=on: a monitor on null"),
+        ("-qmp chardev:a", '-qmp chardev:a: chardev "a" not found'),
+    ],
+)
+def test_more_refusals(options: str, message: str) -> None:
+    assert refusal(f"{RAW} {NVME} {options}").startswith(message)
+
+
+def test_throttling_of_a_drive_is_refused_because_an_export_would_pass_it_by() -> None:
+    assert "throttling.bps-total is not supported yet" in refusal(f"{RAW},throttling.bps-total=1 {NVME}")
+
+
+def test_memory_size_follows_m() -> None:
+    def size(options: str) -> str:
+        return next(w for w in lift(f"{RAW} {NVME} {options}").arguments if "memory-backend-memfd" in w).split(",")[2]
+
+    assert size("") == f"size={128 << 20}"
+    assert size("-m 512") == f"size={512 << 20}"
+    assert size("-m size=1.5G,slots=2,maxmem=4G") == f"size={3 << 29}"
+    assert size("-m slots=2,maxmem=4G") == f"size={128 << 20}"
+    assert size("-M q35,memory.size=1G") == f"size={1 << 30}"
+
+
+def test_a_device_in_json_takes_globals_too() -> None:
+    plan = lift(
+        """-device '{"driver":"nvme","serial":"1","use-intel-id":true}' -global driver=nvme,property=mdts,value=4"""
+    )
+    assert (plan.devices[0].config.mdts, plan.devices[0].config.use_intel_id) == (4, True)
+
+
+def test_set_of_something_that_is_not_there_is_left_to_qemu() -> None:
+    assert "device.zz.a=1" in lift(f"{RAW} {NVME} -set device.zz.a=1").arguments
+
+
+def test_deprecated_spellings_are_warned_of_in_qemus_words() -> None:
+    plan = lift(f"{RAW} {NVME},use-intel-id,num_queues=3")
+    assert [line.rpartition(": ")[2] for line in plan.warnings] == [
+        "short-form boolean option 'use-intel-id' deprecated",
+        "num_queues is deprecated; please use max_ioqpairs instead",
+    ]
 
 
 def test_no_program_is_a_usage_error() -> None:
