@@ -30,7 +30,7 @@ from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import wait_gone
 from nvmove.lab.qmp import QmpClosed, QmpError
-from nvmove.lab.sysroot import Sysroot, SysrootError, find_sysroot
+from nvmove.lab.sysroot import Sysroot, find_sysroot
 
 _FAILURES = (GuestError, TimeoutError, QmpError, QmpClosed)
 _PREFIX = "nvmove-demo-"
@@ -238,13 +238,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tell the story; return 0 when every step held, 1 when one did not, 130 after Ctrl-C."""
+    """Tell the story; return 0 when every step held, 1 when one did not, 130 after Ctrl-C. Raise SysrootError."""
     screen = Screen()
-    try:
-        sysroot = find_sysroot()
-    except SysrootError as error:
-        Screen(stderr=True).print(f"nvmove demo: {error}", highlight=False, soft_wrap=True, markup=False)
-        return 1
+    sysroot = find_sysroot()
     front = [] if args.qemu_nvme else [*nvmove_command(), "run"]
     try:
         with _terminate_as_interrupt(), _working_directory() as directory:

@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvmove.errors import UserError
 
-class SysrootError(Exception):
+
+class SysrootError(UserError):
     """There is no whole sysroot: one line that says what to do."""
 
 
