@@ -112,5 +112,7 @@ class MonitorEndpoint:
     """CONTROL: indented JSON."""
     mux: tuple[MuxPort, ...] = ()
     """The guest's ports on the same transport, in the order they were attached."""
+    escape: int = 0x01
+    """The character before a mux command: Ctrl-a, or what `-echr` says."""
     monitors: tuple[MonitorMode, ...] = ()
     """Further monitors on the same `mux=on` transport."""

@@ -10,9 +10,6 @@ from nvmove.vm.lineedit import LineEditor
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.stream import ByteStream
 
-PRIVATE = "nvmove"
-"""Chardevs and monitors with this prefix are not the user's."""
-
 _CPU = re.compile(r"\s*cpu\s+(\d+)\s*$")
 _HELP = re.compile(r"^(?:info )?([\w|?-]+)(?: |$)")
 
@@ -26,6 +23,8 @@ class HmpSession:
         self._editor = LineEditor()
         self._cpu: int | None = None
         self._executing = False
+        self.quiet = False
+        """No prompt is wanted now: the terminal is somebody else's."""
 
     async def run(self) -> None:
         """Serve until the terminal or QEMU has gone. A command under way is finished in any case."""
@@ -42,8 +41,8 @@ class HmpSession:
         self.prompt()
 
     def prompt(self) -> None:
-        """Begin a new line; while a command runs, its end does that."""
-        if not self._executing:
+        """Begin a new line; while a command runs, or the terminal is somebody else's, that comes later."""
+        if not self._executing and not self.quiet:
             self._stream.write(self._editor.prompt())
 
     async def feed(self, data: bytes) -> None:

@@ -113,7 +113,10 @@ class Stream:
     async def _readable(self) -> None:
         assert self._read_fd is not None
         self._wait = self._loop.create_future()
-        self._loop.add_reader(self._read_fd, self._wake)
+        try:
+            self._loop.add_reader(self._read_fd, self._wake)
+        except PermissionError:  # a plain file, or /dev/null: always readable
+            return
         try:
             await self._wait
         finally:
