@@ -45,6 +45,7 @@ def main() -> int:
     logging.basicConfig(
         format="nvmove: %(message)s", level=level if level in logging.getLevelNamesMapping() else "WARNING"
     )
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)  # what it reports is raised as well, and said by us
     try:
         args = parser(only=name if name in COMMANDS else "").parse_args()
         return int(importlib.import_module(COMMANDS[args.command][0]).run(args))

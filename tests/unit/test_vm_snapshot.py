@@ -90,10 +90,14 @@ class FakeDevice:
         self.written: list[tuple[int, bytes]] = []
         self.loads = self.resets = 0
         self.is_paused = False
+        self.state_size = 100
 
     def write_guest(self, address: int, data: bytes) -> None:
         assert self.qemu.config[4] & 6 == 6, "DMA needs memory decoding and bus mastering"
         self.written.append((address, data))
+
+    def save(self) -> bytes:
+        return bytes(self.state_size)
 
     def keep_msix_table(self, table: bytes) -> None:
         self.msix_table = table
@@ -199,6 +203,15 @@ def test_a_raw_disk_refuses_snapshots_in_qemus_words_and_nothing_is_stopped() ->
     with pytest.raises(SnapshotError, match="Device 'd1' is writable but does not support snapshots"):
         run(snapshots.save("savevm t1"))
     assert qemu.log == []
+
+
+def test_a_state_too_large_for_qemu_is_refused_before_anything_is_saved() -> None:
+    qemu, device, _, snapshots = setup()
+    device.state_size = (1 << 20) + 1
+    with pytest.raises(SnapshotError, match="nv0 has 1048577 bytes"):
+        run(snapshots.save("savevm t1"))
+    assert "savevm t1" not in qemu.log
+    assert qemu.running
 
 
 def loaded(device: FakeDevice) -> None:

@@ -148,7 +148,7 @@ class Connection:
             with self._lock:
                 self._refusal = self._refusal or errno.ENOTCONN
             if not self._closing:
-                _log.warning("the connection to '%s' is lost", self._uri)
+                _log.info("the connection to '%s' is lost", self._uri)
                 self._end_completed()
                 self._fail_pending(errno.ENOTCONN)
 

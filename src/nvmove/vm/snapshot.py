@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from nvmove.vm.pciaddress import ReplayError, find
 from nvmove.vm.replay import Replayed, read_msix_table, replay
 from nvmove.vm.runstate import Held, Monitor, Paused, RunState
+from nvmove.vmstate.bus import check_size
+from nvmove.vmstate.schema import StateError
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ class SavedDevice(Replayed, Paused, Protocol):
     """How many states were loaded since it exists."""
     resets: int
     """How many function-level resets it has seen."""
+
+    def save(self) -> bytes:
+        """Return the state of the paused device."""
 
     def keep_msix_table(self, table: bytes) -> None:
         """Take QEMU's MSI-X table into the state that `save` writes."""
@@ -61,13 +66,21 @@ class Snapshots:
             raise SnapshotError(f"Device '{self._unsaveable[0]}' is writable but does not support snapshots")
 
     async def before_save(self) -> None:
-        """Read every device's MSI-X table out of QEMU; the VM is stopped and the devices are at rest."""
+        """Read every device's MSI-X table out of QEMU; the VM is stopped and the devices are at rest.
+
+        Raises SnapshotError where QEMU would not carry a device's state: it would only log it, and save without.
+        """
         pci = await self._monitor.execute("query-pci")
         for device in self._devices:
             table = await read_msix_table(
                 self._monitor.hmp, find(pci, device.id), device.pci_config, device.msix_table_offset
             )
             device.keep_msix_table(table)
+        try:
+            for device in self._devices:
+                check_size(device.id, await asyncio.to_thread(device.save))
+        except StateError as error:
+            raise SnapshotError(str(error)) from None
 
     async def after_load(self) -> None:
         """Give QEMU the devices' PCI state back; the VM is stopped."""
@@ -159,6 +172,10 @@ class Snapshots:
                 await self._monitor.execute("cont")
         finally:
             self._runstate.lock.release()
+
+    def owns(self, job_id: str) -> bool:
+        """Whether `job_id` is a snapshot job under way."""
+        return job_id in self._jobs
 
     async def concluded(self, job_id: str) -> None:
         """A job's JOB_STATUS_CHANGE said `concluded`; when this returns, the VM is as the job's end promises."""

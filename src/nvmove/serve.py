@@ -1,0 +1,101 @@
+"""`nvmove serve`: the device alone, for a VM manager that starts QEMU itself."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+from nvmove.block.backend import Backend, BackendError
+from nvmove.block.config import DriveConfig
+from nvmove.block.open import open_drive
+from nvmove.device import NvmeDevice
+from nvmove.errors import UserError
+from nvmove.nvme.config import ControllerConfig
+from nvmove.options.devices import ParsedController, parse_controllers, parse_device
+from nvmove.options.syntax import OptionError, parse
+from nvmove.vfio.transport import ListenError
+
+ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `nvmove serve`."""
+    parser.add_argument("--socket", metavar="PATH", required=True, type=Path, help="the vfio-user socket to listen on")
+    parser.add_argument(
+        "--drive",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="a disk, in QEMU's -drive syntax: id=d0,file=PATH,format=raw or id=d0,file=nbd://HOST/EXPORT",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="OPTIONS",
+        action="append",
+        default=[],
+        help="nvme,serial=…,drive=d0, in QEMU's -device syntax; further namespaces as nvme-ns,drive=…",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; a client may come, go and come again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        controller, drives = _configure(args.device, args.drive)
+        with contextlib.ExitStack() as cleanup:
+            backends: dict[str, Backend] = {}
+            for use in controller.drives:
+                backends[use.name] = open_drive(drives[use.name], share_rw=use.share_rw)
+                cleanup.callback(backends[use.name].close)
+            config = _with_write_cache(controller, drives)
+            device = NvmeDevice(config, backends, id=config.id or "nvme0")
+            cleanup.callback(device.close)
+            device.start(args.socket)
+            print(attach_lines(args.socket, controller), flush=True)
+            signal.sigwait(ENDING_SIGNALS)
+    except (BackendError, ListenError, OptionError) as error:
+        raise UserError(str(error)) from None
+    return 0
+
+
+def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController, dict[str, DriveConfig]]:
+    controllers = parse_controllers(parse_device(text) for text in devices)
+    if len(controllers) != 1:
+        raise UserError(f"serve: one --device nvme,… is wanted, {len(controllers)} are given", status=2)
+    known: dict[str, DriveConfig] = {}
+    for text in drives:
+        config = DriveConfig.from_options(parse("--drive", text).values)
+        name = config.id or config.node_name
+        if not name or name in known:
+            raise UserError(f"serve: --drive {text}: every drive needs an id of its own (id=d0)")
+        known[name] = config
+    wanted = {use.name for use in controllers[0].drives}
+    for use in controllers[0].drives:
+        if use.name not in known:
+            raise use.option.error(f"Property '{use.option.get('driver')}.drive' can't find value '{use.name}'")
+    for name in known:
+        if name not in wanted:
+            raise UserError(f"serve: the drive '{name}' is used by no --device")
+    return controllers[0], known
+
+
+def _with_write_cache(controller: ParsedController, drives: Mapping[str, DriveConfig]) -> ControllerConfig:
+    cached = {
+        use.name: drives[use.name].options.writeback if use.write_cache == "auto" else use.write_cache == "on"
+        for use in controller.drives
+    }
+    return controller.finish(cached)
+
+
+def attach_lines(socket: Path, controller: ParsedController) -> str:
+    """Return the QEMU arguments that attach the device."""
+    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket.absolute())}, **controller.pci}
+    return (
+        "Attach it to a QEMU 10.1 or later whose memory is shared:\n"
+        "  -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram \\\n"
+        f"  -device '{json.dumps(device)}'"
+    )

@@ -1,0 +1,50 @@
+"""`nvmove run QEMU ARGS…`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from typing import NoReturn
+
+from nvmove.block.backend import BackendError
+from nvmove.errors import UserError
+from nvmove.vfio.transport import ListenError
+from nvmove.vm.arguments import lift
+from nvmove.vm.machine import Machine
+from nvmove.vm.plan import Plan
+from nvmove.vm.rundir import RunDirectory
+from nvmove.vmstate.dbus_daemon import BusError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `nvmove run`."""
+    parser.add_argument(
+        "qemu", nargs=argparse.REMAINDER, metavar="QEMU ARGS…", help="QEMU and its arguments, as you would start it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a VM; return QEMU's exit status."""
+    words = args.qemu[1:] if args.qemu[:1] == ["--"] else args.qemu
+    if not words:
+        raise UserError("run: no QEMU given (nvmove run qemu-system-x86_64 …)", status=2)
+    with RunDirectory() as directory:
+        plan = lift(words, directory)
+        for warning in plan.warnings:
+            print(f"nvmove: warning: {warning}", file=sys.stderr)
+        if not plan.passthrough:
+            try:
+                return asyncio.run(Machine(plan, directory).run())
+            except (BackendError, BusError, ListenError) as error:
+                raise UserError(str(error)) from None
+    return _become(plan)
+
+
+def _become(plan: Plan) -> NoReturn:
+    """Run QEMU as it was typed, in our place: there is nothing for nvmove to do."""
+    try:
+        os.execvp(plan.program, [plan.program, *plan.arguments])
+    except OSError as error:
+        raise UserError(f"cannot run '{plan.program}': {error.strerror}") from None

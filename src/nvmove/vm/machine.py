@@ -1,0 +1,197 @@
+"""One VM under `nvmove run`: devices, D-Bus, QEMU and the user's monitors, from the first check to the clean-up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu.qmp.error import QMPError
+from qemu.qmp.protocol import ConnectError
+
+from nvmove.block.backend import Backend
+from nvmove.block.late import LateBackend
+from nvmove.block.raw import open_raw
+from nvmove.device import NvmeDevice
+from nvmove.errors import UserError
+from nvmove.vm import qemu
+from nvmove.vm.blockinfo import ServedDrive
+from nvmove.vm.exports import Export, open_exports
+from nvmove.vm.handlers import Handlers
+from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
+from nvmove.vm.plan import Plan, PlannedDrive
+from nvmove.vm.runstate import RunState
+from nvmove.vm.serving import Monitors
+from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vmstate.bus import VMStateBus
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Drive:
+    """A planned drive with its back end."""
+
+    plan: PlannedDrive
+    backend: Backend
+    late: LateBackend | None
+
+
+class Machine:
+    """Runs a plan."""
+
+    def __init__(self, plan: Plan, run_directory: Path) -> None:
+        self._plan = plan
+        self._run_directory = run_directory
+        self._drives: dict[str, _Drive] = {}
+        self._devices: list[NvmeDevice] = []
+        self._cleanup = contextlib.AsyncExitStack()
+
+    async def run(self) -> int:
+        """Run the VM to its end; return QEMU's exit status. Raises UserError before anything runs."""
+        async with self._cleanup:
+            program = await asyncio.to_thread(qemu.find, self._plan.program)
+            bus = await self._start_bus()
+            self._open_drives()
+            await self._start_devices(bus)
+            monitors = Monitors(self._plan.endpoints)
+            self._cleanup.push_async_callback(monitors.close)
+            await monitors.open()
+            client = QemuClient()
+            await client.start_server(str(self._plan.qmp_socket))
+            process = await qemu.start(program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio)
+            ended = asyncio.create_task(process.wait())
+            self._cleanup.push_async_callback(_end, process)
+            self._cleanup.push_async_callback(_disconnect, client)
+            _on_signals(process)
+            if await _is_connected(client, ended):
+                try:
+                    await self._set_up(client, monitors)
+                except QemuGone:
+                    log.debug("QEMU ended while the VM was set up")
+            return await ended
+
+    # --- before QEMU -------------------------------------------------------------------------------------------------
+
+    async def _start_bus(self) -> VMStateBus:
+        bus = await VMStateBus.start(self._run_directory)
+        self._cleanup.push_async_callback(bus.close)
+        return bus
+
+    def _open_drives(self) -> None:
+        for plan in self._plan.drives:
+            late = LateBackend() if plan.in_qemu else None
+            backend: Backend = late or open_raw(plan.config.file, options=plan.config.options)
+            self._drives[plan.key] = _Drive(plan, backend, late)
+            self._cleanup.push_async_callback(asyncio.to_thread, backend.close)
+
+    async def _start_devices(self, bus: VMStateBus) -> None:
+        backends = {key: drive.backend for key, drive in self._drives.items()}
+        for plan in self._plan.devices:
+            device = NvmeDevice(plan.config, backends, id=plan.id)
+            self._cleanup.push_async_callback(asyncio.to_thread, device.close)
+            device.start(plan.socket)
+            self._devices.append(device)
+            await bus.add(f"nvmove/{plan.id}", device)
+
+    def _arguments(self, bus: VMStateBus) -> list[str]:
+        vmstate = bus.qemu_object()
+        text = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in vmstate.items() if key != "qom-type")
+        return [*self._plan.arguments, "-object", f"{vmstate['qom-type']},{text}"]
+
+    # --- with QEMU ---------------------------------------------------------------------------------------------------
+
+    async def _set_up(self, client: QemuClient, monitors: Monitors) -> None:
+        facade = Facade(client)
+        runstate = RunState(facade, self._devices)
+        await self._connect_exports(facade)
+        served = [self._served(drive) for drive in self._drives.values()]
+        unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
+        snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
+        Handlers(facade, runstate, snapshots, served).register()
+        await runstate.pause_devices()
+        await monitors.serve(facade)
+        if self._plan.loadvm is not None:
+            await self._load(snapshots, self._plan.loadvm, facade)
+        if not self._plan.paused:
+            await runstate.cont()
+
+    async def _connect_exports(self, facade: Facade) -> None:
+        late = {key: drive for key, drive in self._drives.items() if drive.late is not None}
+        exports = [
+            Export(key, await _node(facade, drive.plan), not drive.plan.config.options.read_only)
+            for key, drive in late.items()
+        ]
+        try:
+            opened = await open_exports(facade, self._run_directory / "nbd", exports)
+        except QmpError as error:
+            raise UserError(error.desc) from None
+        for key, backend in opened.items():
+            waiting = late[key].late
+            assert waiting is not None
+            waiting.open(backend)
+        for device in self._devices:
+            device.refresh()
+
+    def _served(self, drive: _Drive) -> ServedDrive:
+        plan = drive.plan
+        return ServedDrive(plan.name, plan.node, plan.device, plan.config, drive.backend, plan.in_qemu)
+
+    async def _load(self, snapshots: Snapshots, tag: str, facade: Facade) -> None:
+        """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""
+        try:
+            output = (await snapshots.load(f"loadvm {tag}")).strip()
+        except SnapshotError as error:
+            output = str(error)
+        if output:
+            with contextlib.suppress(QmpError, QemuGone):
+                await facade.execute("quit")
+            raise UserError(output.removeprefix("Error: "))
+
+
+async def _node(facade: Facade, plan: PlannedDrive) -> str:
+    """Return the name of a drive's block node; only QEMU knows it where -snapshot put an overlay on top."""
+    if plan.node:
+        return plan.node
+    for info in await facade.execute("query-block"):
+        if info["device"] == plan.name:
+            return str(info["inserted"]["node-name"])
+    raise UserError(f"QEMU does not know the drive '{plan.name}'")
+
+
+async def _is_connected(client: QemuClient, ended: asyncio.Task[int]) -> bool:
+    """Wait for QEMU to connect its monitor; return False when it ended instead (its message is on stderr)."""
+    accepted = asyncio.create_task(client.accept())
+    await asyncio.wait({accepted, ended}, return_when=asyncio.FIRST_COMPLETED)
+    if not accepted.done():
+        accepted.cancel()
+    with contextlib.suppress(ConnectError, asyncio.CancelledError):
+        await accepted
+        return True
+    return False
+
+
+async def _disconnect(client: QemuClient) -> None:
+    with contextlib.suppress(QMPError, OSError, EOFError):  # QEMU is gone already; how it went is its exit status
+        await client.disconnect()
+
+
+async def _end(process: qemu.QemuProcess) -> None:
+    """QEMU is not to outlive us."""
+    if process.running:
+        await process.end()
+
+
+def _on_signals(process: qemu.QemuProcess) -> None:
+    """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
+    loop = asyncio.get_running_loop()
+    ending: list[asyncio.Task[int]] = []
+
+    def end() -> None:
+        ending.append(asyncio.ensure_future(process.end()))
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, end)

@@ -1,0 +1,92 @@
+"""`query-block` and `info block` as QEMU 11.1 prints them for its own nvme (captured with -S and -device nvme)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvmove.block.config import DriveConfig, OpenOptions
+from nvmove.block.raw import open_raw
+from nvmove.vm import blockinfo
+from nvmove.vm.blockinfo import ServedDrive
+
+QEMU_TEXT = (
+    "d0 (#block240): a.qcow2 (qcow2)\r\n"
+    "    Removable device: not locked, tray closed\r\n"
+    "    Cache mode:       writeback\r\n"
+    "\r\n"
+    "cd0: [not inserted]\r\n"
+    "    Attached to:      ide0\r\n"
+    "    Removable device: not locked, tray closed\r\n"
+)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> ServedDrive:
+    image = tmp_path / "b.raw"
+    image.write_bytes(bytes(64 << 20))
+    config = DriveConfig(id="d1", file=str(image), format="raw")
+    return ServedDrive("d1", "#block1", "nv1", config, open_raw(str(image), options=config.options), in_qemu=False)
+
+
+@pytest.fixture
+def exported(raw: ServedDrive) -> ServedDrive:
+    return ServedDrive("d0", "", "nv0", DriveConfig(id="d0", file="a.qcow2"), raw.backend, in_qemu=True)
+
+
+def test_an_exported_drive_is_shown_attached_to_its_device(exported: ServedDrive) -> None:
+    lines = blockinfo.complete_text(QEMU_TEXT, [exported], None, verbose=False).split("\r\n")
+    assert lines[:3] == [
+        "d0 (#block240): a.qcow2 (qcow2)",
+        "    Attached to:      nv0",
+        "    Cache mode:       writeback",
+    ]
+
+
+def test_other_drives_are_left_as_they_are(exported: ServedDrive) -> None:
+    text = blockinfo.complete_text(QEMU_TEXT, [exported], None, verbose=False)
+    assert text.endswith(QEMU_TEXT.partition("\r\n\r\n")[2])
+
+
+def test_a_raw_drive_is_printed_as_qemu_prints_it(raw: ServedDrive) -> None:
+    expected = [
+        f"d1 (#block1): {raw.config.file} (raw)",
+        "    Attached to:      nv1",
+        "    Cache mode:       writeback",
+        "",
+    ]
+    assert expected == blockinfo.complete_text("", [raw], None, verbose=False).split("\r\n")
+
+
+def test_info_block_of_one_drive_shows_no_other(raw: ServedDrive) -> None:
+    assert blockinfo.complete_text("x: y\r\n", [raw], "x", verbose=False) == "x: y\r\n"
+
+
+def test_verbose_shows_the_image(raw: ServedDrive) -> None:
+    text = blockinfo.complete_text("", [raw], "d1", verbose=True)
+    assert "virtual size: 64 MiB (67108864 bytes)\r\n" in text
+    assert "file format: raw\r\n" in text
+
+
+def test_cache_mode_and_read_only_are_named(tmp_path: Path) -> None:
+    image = tmp_path / "c.raw"
+    image.write_bytes(bytes(512))
+    options = OpenOptions(read_only=True, writeback=False, no_flush=True)
+    config = DriveConfig(id="d2", file=str(image), format="raw", options=options)
+    drive = ServedDrive("d2", "", "nv2", config, open_raw(str(image), options=options), in_qemu=False)
+    lines = blockinfo.complete_text("", [drive], None, verbose=False).split("\r\n")
+    assert lines[0] == f"d2: {image} (raw, read-only)"
+    assert lines[2] == "    Cache mode:       writethrough, ignore flushes"
+
+
+def test_query_block_names_the_device_and_adds_raw_drives(exported: ServedDrive, raw: ServedDrive) -> None:
+    qemu = [
+        {"device": "d0", "removable": True, "tray_open": False, "inserted": {"node-name": "#block240"}},
+        {"device": "cd0", "removable": True, "tray_open": False},
+    ]
+    answer = blockinfo.complete(qemu, [exported, raw])
+    assert answer[0] == {"device": "d0", "removable": False, "inserted": {"node-name": "#block240"}, "qdev": "nv0"}
+    assert answer[1] == qemu[1]
+    assert (answer[2]["device"], answer[2]["qdev"]) == ("d1", "nv1")
+    assert answer[2]["inserted"]["image"]["virtual-size"] == 64 << 20
