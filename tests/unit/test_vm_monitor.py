@@ -43,7 +43,11 @@ def test_a_command_of_qemus_is_forwarded_untouched() -> None:
         terminal = await qmp_terminal(facade)
         line = b'{"execute":"some-command","arguments":{"y":18446744073709551615,"x":[]},"id":{"k":1}}\n'
         reply = await terminal.talk(line)
-        assert f'{{"return": {json.dumps(value)}, "id": {{"k": 1}}}}\r\n'.encode() == reply
+        assert (
+            reply
+            == b'{"return": {"z": 18446744073709551615, "a": [1, {"c": null, "b": true}], "\\u00E9": "\\u007F"}, '
+            + (b'"id": {"k": 1}}\r\n')
+        )
         assert qemu.requests[-1]["arguments"] == {"y": 2**64 - 1, "x": []}
         assert list(qemu.requests[-1]["arguments"]) == ["y", "x"]
         await terminal.talk(b'{"execute":"some-command"}')

@@ -22,7 +22,8 @@ class HmpSession:
         self._stream = stream
         self._editor = LineEditor()
         self._cpu: int | None = None
-        self._executing = False
+        self.executing = False
+        """A command runs; input waits for its end."""
         self.quiet = False
         """No prompt is wanted now: the terminal is somebody else's."""
 
@@ -42,7 +43,7 @@ class HmpSession:
 
     def prompt(self) -> None:
         """Begin a new line; while a command runs, or the terminal is somebody else's, that comes later."""
-        if not self._executing and not self.quiet:
+        if not self.executing and not self.quiet:
             self._stream.write(self._editor.prompt())
 
     async def feed(self, data: bytes) -> None:
@@ -51,11 +52,11 @@ class HmpSession:
             result = self._editor.feed(data)
             self._stream.write(result.echo)
             if result.line is not None:
-                self._executing = True
+                self.executing = True
                 try:
                     await self._execute(result.line)
                 finally:
-                    self._executing = False
+                    self.executing = False
                 await self._stream.drain()
                 self.prompt()
             elif result.complete is not None:
@@ -77,6 +78,8 @@ class HmpSession:
             return
         try:
             self._print(await self._facade.dispatch_hmp(line, self._cpu, self._print))
+            if ALIASES.get(words[0], words[0]) == "quit" and len(words) == 1:
+                self.quiet = True  # QEMU is about to go
             if chosen := _CPU.match(line):
                 await self._choose_cpu(int(chosen[1]))
         except QmpError as error:

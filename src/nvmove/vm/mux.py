@@ -64,8 +64,8 @@ class EscapeDecoder:
 class Party(Protocol):
     """One of those that share the terminal."""
 
-    def feed(self, data: bytes) -> None:
-        """Input, while it has the focus."""
+    async def feed(self, data: bytes) -> None:
+        """Input, while it has the focus. Returns when what it shows of it has been shown."""
 
     def focus(self, gained: bool) -> None:
         """The focus has come, or is about to go."""
@@ -117,7 +117,7 @@ class Mux:
         """Take the terminal's input."""
         for text, command in self._decoder.feed(data):
             if text:
-                self.parties[self._focus].feed(text)
+                await self.parties[self._focus].feed(text)
             if command:
                 await self._command(command)
 
@@ -173,7 +173,7 @@ class PortParty:
             self.idle.set()
             stream.close()
 
-    def feed(self, data: bytes) -> None:
+    async def feed(self, data: bytes) -> None:
         """See `Party`. With no QEMU at the other end, input is lost, as on a port nobody opened."""
         if self._stream is not None:
             self._stream.write(data)
@@ -204,9 +204,11 @@ class HmpParty:
         else:
             self._kept += data
 
-    def feed(self, data: bytes) -> None:
+    async def feed(self, data: bytes) -> None:
         """See `Party`."""
         self._pipe.feed(data)
+        while not (self._pipe.starving or self._session.executing or self._task is None or self._task.done()):
+            await asyncio.sleep(0)
 
     def focus(self, gained: bool) -> None:
         """See `Party`: the banner the first time, and a new prompt each time."""
@@ -242,7 +244,7 @@ class QmpParty:
         session = QmpSession(facade, self._pipe, pretty=pretty, oob=False)
         self._task = asyncio.create_task(serve_stream(self._pipe, session.run))
 
-    def feed(self, data: bytes) -> None:
+    async def feed(self, data: bytes) -> None:
         """See `Party`."""
         self._pipe.feed(data)
 

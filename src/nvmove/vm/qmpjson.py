@@ -26,6 +26,7 @@ _NUMBER_PREFIX = re.compile(rb"-?(?:(?:0|[1-9][0-9]*)(?:(?:\.[0-9]+)?[eE][+-]?[0
 _NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\", "/": "/"}
 _ESCAPE = re.compile(r"\\(u(?P<hex>.{0,4})|.)", re.DOTALL)
+_UNICODE = re.compile(r"\\\\|\\u([0-9a-f]{4})")
 _KEYWORDS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -374,6 +375,8 @@ class Reader:
 def encode(message: Any, pretty: bool = False) -> bytes:
     """Return `message` as a monitor sends it: one line, or QEMU's indented form; both end in CR LF."""
     text = _pretty(message, 0) if pretty else json.dumps(message)
+    if "\\u" in text:  # QEMU writes these in upper case
+        text = _UNICODE.sub(lambda found: found[0] if found[1] is None else f"\\u{found[1].upper()}", text)
     return text.encode().replace(b"\n", b"\r\n") + b"\r\n"
 
 

@@ -154,7 +154,7 @@ class _Served:
                 if isinstance(stream, TelnetStream):
                     stream.on_break = functools.partial(self._break, mux)
                 await terminal_input(stream, mux)
-                if self._source.many:  # else it is the only one, and its output is still wanted when its input ends
+                if not isinstance(self.endpoint.address, StdioAddress):  # whose output goes on when its input ends
                     current.clear()
                     self._streams.discard(stream)
                     stream.close()

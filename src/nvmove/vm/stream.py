@@ -207,15 +207,19 @@ class Pipe:
         self._output = output
         self._input: asyncio.Queue[bytes] = asyncio.Queue()
         self._ended = False
+        self.starving = False
+        """All input was taken, and more is waited for."""
 
     def feed(self, data: bytes) -> None:
         """Make `data` what `read` returns next; empty ends the stream."""
+        self.starving = False
         self._input.put_nowait(data)
 
     async def read(self) -> bytes:
         """See `ByteStream`."""
         if self._ended:
             return b""
+        self.starving = self._input.empty()
         data = await self._input.get()
         self._ended = not data
         return data
