@@ -293,6 +293,14 @@ class Host:
         assert self.create_sq(qid, cqid, sq_size).status == 0
         self.rings[qid] = Ring(0x8_0000 + 0x1_0000 * qid, sq_size, self.cqs[cqid])
 
+    def new_cq(self, cqid: int, address: int, size: int) -> None:
+        """A completion queue was created by other means."""
+        self.cqs[cqid] = Entries(cqid, address, size)
+
+    def new_sq(self, sqid: int, address: int, size: int, cqid: int) -> None:
+        """A submission queue was created by other means."""
+        self.rings[sqid] = Ring(address, size, self.cqs[cqid])
+
     def delete_sq(self, sqid: int) -> Completion:
         completion = self.admin(Admin.DELETE_SQ, cdw10=sqid)
         if completion.status == 0:
