@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.nvme_host import CC, Completion, Disk, Host, Lines
+from tests.nvme_host import CC, CONFIG, Completion, Disk, Host, Lines, Ring
 
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
-from tests.nvme_host import CONFIG
 
 QUEUES = st.integers(1, 4)
 CQS = st.integers(1, 3)
@@ -30,6 +29,8 @@ class Expected:
     """A command that has not completed."""
 
     statuses: set[int]
+    ring: Ring
+    """Its queue, which may be deleted and created again meanwhile."""
     may_vanish: bool = False
     """Its queue was deleted."""
     reads: tuple[int, int] | None = None
@@ -51,8 +52,13 @@ class Model:
 class Machine(RuleBasedStateMachine):
     """One host and its controller; `move` puts a new controller in place at any time."""
 
-    @initialize(msix=st.booleans(), entries=st.integers(8, 12), mqes=st.sampled_from([7, 2047]))
-    def start(self, msix: bool, entries: int, mqes: int) -> None:
+    @initialize(
+        msix=st.booleans(),
+        entries=st.integers(8, 12),
+        mqes=st.sampled_from([7, 2047]),
+        sizes=st.lists(st.integers(2, 6), min_size=5, max_size=5),
+    )
+    def start(self, msix: bool, entries: int, mqes: int, sizes: list[int]) -> None:
         config = ControllerConfig(serial="S1", namespaces=CONFIG.namespaces, mqes=mqes)
         self.disk = Disk(8 * 512)
         self.host = Host(lines=Lines(msix), disk=self.disk, config=config)
@@ -62,6 +68,11 @@ class Machine(RuleBasedStateMachine):
         self.written = 0
         self.contents: list[set[int]] = [{0} for _ in range(8)]
         """What was ever written to each block: queues are not ordered among each other."""
+        self.enable()
+        for cqid, size in enumerate(sizes[:2], 1):
+            self.create_cq(cqid, size)
+        for sqid, size in enumerate(sizes[2:], 1):
+            self.create_sq(sqid, 1 + sqid % 2, size)
 
     # Registers.
 
@@ -211,14 +222,29 @@ class Machine(RuleBasedStateMachine):
     def submit(self, qid: int, statuses: set[int], opcode: int, **fields: int) -> int:
         self.model.free[qid] -= 1
         cid = self.host.submit(qid, opcode, **fields)
-        self.model.commands[qid, cid] = Expected(statuses)
+        self.model.commands[qid, cid] = Expected(statuses, self.host.rings[qid])
         return cid
 
     def queue(self, sqid: int) -> bool:
         return sqid in self.host.rings and self.model.free[sqid] > 0
 
     @precondition(lambda self: self.enabled)
-    @rule(sqid=QUEUES, block=BLOCKS)
+    @rule(
+        commands=st.lists(st.tuples(QUEUES, st.booleans(), BLOCKS), min_size=1, max_size=12),
+        paused=st.booleans(),
+        drained=st.booleans(),
+    )
+    def traffic(self, commands: list[tuple[int, bool, int]], paused: bool, drained: bool) -> None:
+        """Submit as much as there is room for; with `paused`, between a pause and a move."""
+        if paused:
+            self.host.controller.pause(0)
+        for sqid, is_write, block in commands:
+            (self.write if is_write else self.read)(sqid, block)
+        if paused:
+            self.move()
+        if drained:
+            self.host.drain()
+
     def write(self, sqid: int, block: int) -> None:
         if self.queue(sqid):
             self.written += 1
@@ -227,8 +253,6 @@ class Machine(RuleBasedStateMachine):
             self.contents[block].add(self.written)
             self.submit(sqid, {0}, Nvm.WRITE, nsid=1, cdw10=block, prp1=at)
 
-    @precondition(lambda self: self.enabled)
-    @rule(sqid=QUEUES, block=BLOCKS)
     def read(self, sqid: int, block: int) -> None:
         if self.queue(sqid):
             at = 0x10_0000 + 512 * (self.host.cid % 512)
@@ -273,9 +297,9 @@ class Machine(RuleBasedStateMachine):
         self.disk.finish(count)
 
     @precondition(lambda self: self.enabled)
-    @rule(cqid=st.integers(0, 3), limit=st.integers(1, 4))
-    def reap(self, cqid: int, limit: int) -> None:
-        if cqid in self.host.cqs:
+    @rule(cqids=st.sets(st.integers(0, 3), min_size=1), limit=st.integers(1, 4))
+    def reap(self, cqids: set[int], limit: int) -> None:
+        for cqid in cqids & set(self.host.cqs):
             self.take(cqid, limit=limit)
 
     def take(self, cqid: int, wanted: int | None = None, limit: int = 1 << 30) -> Completion | None:
@@ -283,9 +307,9 @@ class Machine(RuleBasedStateMachine):
         found: Completion | None = None
         for completion in self.host.reap(cqid, limit):
             key = completion.sqid, completion.cid
-            assert self.model.cq_of[completion.sqid] == cqid
             assert key in self.model.commands, "completed without a command, or twice"
             expected = self.model.commands.pop(key)
+            assert expected.ring.cq.cqid == cqid
             if completion.cid == wanted and cqid == 0:
                 found = completion
             elif ANY not in expected.statuses:
@@ -293,7 +317,7 @@ class Machine(RuleBasedStateMachine):
             if expected.reads is not None and completion.status == 0:
                 block, at = expected.reads
                 assert struct.unpack_from("<Q", self.host.ram.data, at)[0] in self.contents[block]
-            if completion.sqid in self.model.free:
+            if self.host.rings.get(completion.sqid) is expected.ring:
                 self.model.free[completion.sqid] += 1
         return found
 
@@ -347,6 +371,6 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestController = Machine.TestCase
