@@ -447,6 +447,17 @@ def test_a_completion_queue_outside_guest_memory_is_fatal_and_no_later_one_is_po
     assert host.controller.pause(0)
 
 
+def test_a_guest_cannot_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    host = Host()
+    for _ in range(50):
+        host.set(Register.CC, CC | 1)
+        host.disable()
+    assert len(caplog.records) == 10
+    host.now += 60
+    host.set(Register.CC, CC | 1)
+    assert len(caplog.records) == 11
+
+
 def test_data_outside_guest_memory_is_a_data_transfer_error() -> None:
     host = ready()
     completion = host.command(1, Nvm.READ, nsid=1, prp1=1 << 40)

@@ -337,6 +337,7 @@ SAVED_OR_DERIVED = {
         "seams": {"memory", "interrupts", "engine", "lock"},
         "nothing while paused and idle": {"activity", "resetting", "paused", "_runner"},
         "only compared": {"epoch"},
+        "of this process": {"log_limit"},
     },
     SubmissionQueue: {
         "saved": {"sqid", "cq", "address", "size", "priority", "head", "tail", "aborted"},

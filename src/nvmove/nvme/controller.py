@@ -32,6 +32,7 @@ from nvmove.nvme.features import Features
 from nvmove.nvme.logs import Logs
 from nvmove.nvme.namespace import NamespaceTable
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.ratelimit import RateLimit
 from nvmove.nvme.registers import Registers
 from nvmove.nvme.runner import Runner, call
 from nvmove.nvme.seams import Engine, Interrupts, Memory
@@ -93,6 +94,7 @@ class Controller:
         self.namespaces = NamespaceTable(config, backends)
         self.features = Features(config, clock)
         self.logs = Logs(config, clock)
+        self.log_limit = RateLimit(clock)
         self._runner = Runner(self)
         engine.bind(self.run)
 
@@ -217,7 +219,7 @@ class Controller:
     def fatal(self, why: str) -> None:
         """Controller Fatal Status (Base 9.5): the host has to reset the controller."""
         with self.lock:
-            if not self.registers.failed:
+            if not self.registers.failed and self.log_limit.allows():
                 log.warning("%s: controller fatal status: %s", self.config.serial, why)
             self.registers.csts |= CSTS_CFS
 

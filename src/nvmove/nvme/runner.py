@@ -96,7 +96,8 @@ class Runner:
             self._controller.command_failed(command, error)
             command.complete(error.status, dnr=error.dnr, more=True)
         except Exception:
-            log.exception("%r failed inside nvmove", command)
+            if self._controller.log_limit.allows():
+                log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)
 
     def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
