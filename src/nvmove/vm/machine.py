@@ -113,9 +113,9 @@ class Machine:
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
         Handlers(facade, runstate, snapshots, served).register()
         await runstate.pause_devices()
-        await monitors.serve(facade)
         if self._plan.loadvm is not None:
             await self._load(snapshots, self._plan.loadvm, facade)
+        await monitors.serve(facade)  # as with QEMU, a monitor answers when -loadvm is done
         if not self._plan.paused:
             await runstate.cont()
 
