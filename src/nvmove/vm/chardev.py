@@ -31,7 +31,8 @@ from nvmove.vm.terminal import Files, PseudoTerminal, Stdio
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 16
+BACKLOG = 128
+"""Clients that connect at the same moment; on a Unix socket, one more would be told to try again."""
 UNIX_PATH_MAX = 108
 """Bytes of sun_path (unix(7)), its final zero included."""
 

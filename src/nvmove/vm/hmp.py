@@ -23,7 +23,7 @@ class HmpSession:
         self._editor = LineEditor()
         self._cpu: int | None = None
         self.executing = False
-        """A command runs; input waits for its end."""
+        """A command or a completion waits for QEMU, and input for it."""
         self.quiet = False
         """No prompt is wanted now: the terminal is somebody else's."""
 
@@ -60,7 +60,11 @@ class HmpSession:
                 await self._stream.drain()
                 self.prompt()
             elif result.complete is not None:
-                word, candidates = await self._complete(result.complete)
+                self.executing = True
+                try:
+                    word, candidates = await self._complete(result.complete)
+                finally:
+                    self.executing = False
                 self._stream.write(self._editor.completed(word, candidates))
             data = result.rest
 

@@ -146,7 +146,7 @@ class Mux:
 
     async def send_break(self) -> None:
         """The terminal itself has sent a break (telnet)."""
-        await self.parties[self._focus].send_break()
+        await self._command("b")
 
 
 class PortParty:
