@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Coroutine
 from typing import Any
 
@@ -281,6 +282,27 @@ def test_devices_follow_stop_and_resume_events() -> None:
         run(runstate.follow(event))
         seen.append(device.is_paused)
     assert seen == [True, False]
+
+
+def test_a_slow_pause_never_comes_after_the_resume_that_followed_it() -> None:
+    _, device, runstate, _ = setup()
+    may_pause = threading.Event()
+    pause = device.pause
+
+    def slow_pause() -> None:
+        assert may_pause.wait(30)
+        pause()
+
+    device.pause = slow_pause  # type: ignore[method-assign]
+
+    async def story() -> None:
+        events = [asyncio.ensure_future(runstate.follow(event)) for event in ("STOP", "RESUME")]
+        await asyncio.sleep(0)
+        may_pause.set()
+        await asyncio.gather(*events)
+
+    run(story())
+    assert not device.is_paused
 
 
 def test_stop_returns_when_the_devices_are_at_rest() -> None:

@@ -35,20 +35,25 @@ class RunState:
         self._monitor = monitor
         self._devices = devices
         self.lock = asyncio.Lock()
+        # A pause takes a thread and time. Whatever follows waits for its turn (asyncio's locks are fair), so that a
+        # pause of an earlier STOP can never come after the resume of a later RESUME.
+        self._turn = asyncio.Lock()
 
     async def pause_devices(self) -> None:
         """Pause every device; on return nothing of theirs is in flight."""
-        await asyncio.gather(*(asyncio.to_thread(device.pause) for device in self._devices))
+        async with self._turn:
+            await asyncio.gather(*(asyncio.to_thread(device.pause) for device in self._devices))
 
-    def resume_devices(self) -> None:
+    async def resume_devices(self) -> None:
         """Resume every device."""
-        for device in self._devices:
-            device.resume()
+        async with self._turn:
+            for device in self._devices:
+                device.resume()
 
     async def follow(self, event: str) -> None:
         """Take QEMU's STOP or RESUME event."""
         if event == "RESUME":
-            self.resume_devices()
+            await self.resume_devices()
         elif event == "STOP":
             await self.pause_devices()
 
