@@ -287,6 +287,31 @@ def test_descriptors_travel_with_their_command() -> None:
     assert before == len(os.listdir("/proc/self/fd"))
 
 
+def test_each_of_several_commands_gets_its_own_descriptor() -> None:
+    async def test(facade: Facade, qemu: FakeQemu) -> None:
+        qemu.answers["getfd"] = {}
+        ours, theirs = socket.socketpair()
+        stream = Stream.of_socket(theirs)
+        task = asyncio.create_task(serve_stream(stream, QmpSession(facade, stream).run))
+        pipes = [os.pipe() for _ in range(3)]
+        ours.sendall(b'{"execute":"qmp_capabilities"}')
+        for readable, _writable in pipes:
+            socket.send_fds(ours, [b'{"execute":"getfd","arguments":{"fdname":"a"}}'], [readable])
+        answers = Stream.of_socket(ours)
+        seen = b""
+        while seen.count(b'{"return": {}}') < 4:
+            seen += await answers.read()
+        assert [os.fstat(fd).st_ino for fd in qemu.fds] == [os.fstat(readable).st_ino for readable, _ in pipes]
+        answers.close()
+        await task
+        for fd in (*qemu.fds, *(end for both in pipes for end in both)):
+            os.close(fd)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with_fake(test)
+    assert before == len(os.listdir("/proc/self/fd"))
+
+
 def test_a_client_that_leaves_in_the_middle_does_not_stop_its_command() -> None:
     async def test(facade: Facade, qemu: FakeQemu) -> None:
         started, finished, release = asyncio.Event(), asyncio.Event(), asyncio.Event()

@@ -39,10 +39,8 @@ class Key(enum.Enum):
 
 CONTROL_KEYS = {
     0x01: Key.START,  # Ctrl-A
-    0x02: Key.BACK,  # Ctrl-B
     0x04: Key.DELETE,  # Ctrl-D
     0x05: Key.END,  # Ctrl-E
-    0x06: Key.FORWARD,  # Ctrl-F
     0x08: Key.ERASE,
     0x09: Key.COMPLETE,
     0x0A: Key.ENTER,
@@ -64,7 +62,7 @@ CSI_KEYS = {
     ord("F"): Key.OLDER,
 }
 TILDE_KEYS = {1: Key.START, 3: Key.DELETE, 4: Key.END}
-SS3_KEYS = {**CSI_KEYS, ord("F"): Key.END, ord("H"): Key.START}
+SS3_KEYS = {ord("F"): Key.END, ord("H"): Key.START}
 
 # state → next state, by the bytes that change it; all others end the sequence.
 ESCAPE, CSI, SS3 = "escape", "csi", "ss3"

@@ -88,7 +88,7 @@ def _unescape(token: bytes) -> str:
         code = int(digits, 16)
         if high:
             if not 0xDC00 <= code < 0xE000:
-                raise _Malformed(f"{high}{match[0]} is not a valid Unicode character")
+                raise _Malformed(f"{high} is not a valid Unicode character")
             lead = int(high[2:], 16)
             parts.append(chr(0x10000 + ((lead - 0xD800) << 10) + (code - 0xDC00)))
             high = ""

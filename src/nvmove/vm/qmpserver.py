@@ -33,7 +33,7 @@ class QmpSession:
         self._offers = [name for name in facade.qmp.capabilities if oob or name != "oob"]
         self._negotiated = False
         self._oob = False
-        self._queue: asyncio.Queue[Any] = asyncio.Queue(QUEUE_LENGTH)
+        self._queue: asyncio.Queue[tuple[Value | ParseError, int | None] | None] = asyncio.Queue(QUEUE_LENGTH)
         self._reader = Reader()
         self._immediate: set[asyncio.Task[None]] = set()
 
@@ -53,6 +53,9 @@ class QmpSession:
                 await self._queue.put(None)
                 await worker
             await asyncio.gather(*self._immediate, return_exceptions=True)
+            while not self._queue.empty():  # QEMU has gone before they had their turn
+                entry = self._queue.get_nowait()
+                _close(None if entry is None else entry[1])
 
     async def _read(self) -> None:
         while data := await self._stream.read():
@@ -60,44 +63,50 @@ class QmpSession:
                 await self._take(item)
 
     async def _take(self, item: Value | ParseError) -> None:
-        if isinstance(item, Value) and self._oob and isinstance(item.value, dict) and "exec-oob" in item.value:
+        request = item.value if isinstance(item, Value) and isinstance(item.value, dict) else {}
+        if self._oob and "exec-oob" in request:
             task = asyncio.create_task(self._answer(item))
             self._immediate.add(task)
             task.add_done_callback(self._immediate.discard)
             return
-        await self._queue.put(item)
+        # Taken now: a descriptor that comes with the next command replaces it.
+        fd = self._stream.take_fd() if request.get("execute") in TAKES_FD else None
+        try:
+            await self._queue.put((item, fd))
+        except asyncio.CancelledError:
+            _close(fd)
+            raise
 
     async def _work(self) -> None:
         with contextlib.suppress(QemuGone):
-            while (item := await self._queue.get()) is not None:
-                await self._answer(item)
+            while (entry := await self._queue.get()) is not None:
+                item, fd = entry
+                try:
+                    await self._answer(item, fd)
+                finally:
+                    _close(fd)
                 await self._stream.drain()
 
-    async def _answer(self, item: Value | ParseError) -> None:
+    async def _answer(self, item: Value | ParseError, fd: int | None = None) -> None:
         if isinstance(item, ParseError):
             self._send({"error": {"class": "GenericError", "desc": item.message}})
             return
         request = item.value
         identified = {"id": request["id"]} if isinstance(request, dict) and "id" in request else {}
         try:
-            value = await self._execute(request)
+            value = await self._execute(request, fd)
         except QmpError as error:
             self._send({**identified, "error": {"class": error.class_, "desc": error.desc}})
         else:
             self._send({"return": value, **identified})
 
-    async def _execute(self, request: Any) -> Any:
+    async def _execute(self, request: Any, fd: int | None) -> Any:
         name, arguments, oob = self._check(request)
         if not self._negotiated:
             return self._negotiate(name, arguments)
         if name == "qmp_capabilities" and not oob:
             raise QmpError("CommandNotFound", "Capabilities negotiation is already complete, command ignored")
-        fd = self._stream.take_fd() if name in TAKES_FD else None
-        try:
-            return await self._facade.dispatch(name, arguments, oob=oob, fd=fd)
-        finally:
-            if fd is not None:
-                os.close(fd)
+        return await self._facade.dispatch(name, arguments, oob=oob, fd=fd)
 
     def _check(self, request: Any) -> tuple[str, dict[str, Any] | None, bool]:
         """Return command, arguments and whether it is out-of-band; raise QEMU's own errors."""
@@ -147,6 +156,11 @@ class QmpSession:
 
     def _send(self, message: dict[str, Any]) -> None:
         self._stream.write(encode(message, self._pretty))
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 async def serve_stream(stream: ByteStream, session: Callable[[], Awaitable[None]]) -> None:
