@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -33,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tree() -> Sysroot:
     """The sysroot, by its parts."""
     return find_sysroot()
+
+
+def front() -> list[str]:
+    """What stands before QEMU's command line; NVMOVE_TEST_STOCK=1 runs the stories on QEMU's own nvme, to compare."""
+    return [] if os.environ.get("NVMOVE_TEST_STOCK") else [*nvmove_command(), "run"]
 
 
 @contextmanager
@@ -80,7 +86,7 @@ def stock(tree: Sysroot, work: Path) -> Iterator[Machine]:
 @pytest.fixture
 def machine(tree: Sysroot, work: Path) -> Iterator[Machine]:
     """A machine behind `nvmove run`."""
-    with clean_machine(tree, [*nvmove_command(), "run"], work) as machine:
+    with clean_machine(tree, front(), work) as machine:
         yield machine
 
 
@@ -90,7 +96,7 @@ def machines(tree: Sysroot, work: Path) -> Iterator[MachineFactory]:
     with ExitStack() as stack:
 
         def make(name: str, memory: str = "512M") -> Machine:
-            return stack.enter_context(clean_machine(tree, [*nvmove_command(), "run"], work / name, memory))
+            return stack.enter_context(clean_machine(tree, front(), work / name, memory))
 
         yield make
 
@@ -110,6 +116,24 @@ def disk(path: Path, name: str = "d0", *, drive: str = "", device: str = "") -> 
         *("-drive", f"if=none,id={name},file={path},format={kind}{more[0]}"),
         *("-device", f"nvme,serial=S-{name},drive={name}{more[1]}"),
     ]
+
+
+def savevm(machine: Machine, tag: str) -> None:
+    """HMP savevm, which says nothing when it has done it."""
+    assert machine.qmp.hmp(f"savevm {tag}") == ""
+
+
+def loadvm(machine: Machine, tag: str) -> None:
+    """HMP loadvm, into the running VM."""
+    assert machine.qmp.hmp(f"loadvm {tag}") == ""
+
+
+def overwrite(machine: Machine, device: str = "/dev/nvme0n1", size: str = "16M") -> None:
+    """Write other data over the beginning of a disk."""
+    machine.console.check(
+        f"fio --name=other --filename={device} --rw=write --bs=64k --size={size} --direct=1"
+        " --buffer_pattern=0xdeadbeef --end_fsync=1"
+    )
 
 
 def assert_nothing_left(machine: Machine, before: Surroundings, *, but: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,57 @@
+"""Resets, by the guest and by the monitor: the disk is there again each time, and saves and loads afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.machine import Machine
+from nvmove.lab.sysroot import Sysroot
+from tests.guest.conftest import disk, loadvm, make_image, savevm
+
+
+def test_reboot_and_system_reset(machine: Machine, tree: Sysroot, work: Path) -> None:
+    arguments = ["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))]
+    machine.boot(arguments)
+    for number in range(2):
+        Fio(f"before{number}", blocks=256).run(machine.console)
+        machine.console.send("reboot -f\n")
+        machine.console.wait_boot()
+        assert disk_complaints(machine.console) == []
+
+    # In the midst of I/O, without a warning.
+    Fio("cut", blocks=20000).start(machine.console)
+    wait_writes(machine.console, 100)
+    machine.qmp.execute("system_reset")
+    machine.console.wait_boot()
+    Fio("after", blocks=256).run(machine.console)
+    assert disk_complaints(machine.console) == []
+
+    # And a moment before the reset can be gone back to, after it.
+    fio = Fio("v", blocks=800, rate=200)
+    fio.start(machine.console)
+    wait_writes(machine.console, 200)
+    savevm(machine, "t1")
+    machine.qmp.execute("system_reset")
+    machine.console.wait_boot()
+    loadvm(machine, "t1")
+    fio.wait(machine.console)
+    assert disk_complaints(machine.console) == []
+    assert machine.quit() == 0
+
+
+def test_the_guest_resets_the_controller(machine: Machine, tree: Sysroot, work: Path) -> None:
+    """Controller reset under I/O, rescan, unbind and bind, function-level reset: what Linux does, Linux survives."""
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))])
+    console = machine.console
+    Fio("v", blocks=800, rate=200).start(console)
+    wait_writes(console, 200)
+    console.check("nvme reset /dev/nvme0")
+    Fio("v", blocks=800, rate=200).wait(console)
+    console.check("nvme ns-rescan /dev/nvme0")
+
+    address = console.check("basename $(readlink /sys/class/nvme/nvme0/device)")
+    console.check(f"cd /sys/bus/pci/drivers/nvme; echo {address} >unbind; echo {address} >bind")
+    console.check("for i in $(seq 100); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; [ -b /dev/nvme0n1 ]")
+    console.check(f"echo 1 >/sys/bus/pci/devices/{address}/reset")
+    Fio("after", blocks=256).run(console)
