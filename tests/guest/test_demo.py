@@ -1,0 +1,39 @@
+"""`nvmove demo` itself, as `make demo` runs it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from nvmove.lab.machine import nvmove_command
+from nvmove.lab.processes import Marked, marked, wait_gone
+
+
+def start(work: Path) -> Marked:
+    return Marked.start([*nvmove_command(), "demo"], work / "said", environment={"TMPDIR": str(work)})
+
+
+def test_the_demo_holds(work: Path) -> None:
+    demo = start(work)
+    assert demo.wait(500) == 0, demo.output
+    assert demo.output.count("✓") == 11
+    assert wait_gone(demo.mark, 10) == []
+    assert [path.name for path in work.iterdir()] == ["said"]
+
+
+def test_ctrl_c_leaves_nothing(work: Path) -> None:
+    demo = start(work)
+    deadline = time.monotonic() + 300
+    while "✓  1/11" not in demo.output and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # The demo puts a mark of its own upon its VM: look for that, too, by the directory in its command line.
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.wait(60) == 130, demo.output
+    assert marked(demo.mark) == []
+    assert [path.name for path in work.iterdir()] == ["said"]
+    for proc in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert str(work).encode() not in proc.read_bytes()
+        except OSError:
+            continue  # it has ended
