@@ -127,8 +127,18 @@ class Machine:
         serial.unlink(missing_ok=True)
         try:
             self._qmp = Qmp(connect_unix(self.directory / "qmp", timeout, lambda: self.alive))
+            if "-S" not in arguments:
+                self._wait_running(timeout)
         except (ConnectionError, QmpClosed) as error:
             raise GuestError(f"the VM has no monitor: {error}; {self.started.tail()}") from None
+
+    def _wait_running(self, timeout: float) -> None:
+        """Wait until the VM runs: what is typed on the serial port before a snapshot is loaded would be reverted."""
+        deadline = time.monotonic() + timeout
+        while (status := self.qmp.status) != "running":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the VM is '{status}' after {timeout:.0f} s; {self.started.tail()}")
+            time.sleep(0.05)
 
     def boot(self, arguments: Sequence[str], *, timeout: float = 240) -> None:
         """Start the VM with the sysroot's Linux and wait for its shell."""
