@@ -124,8 +124,11 @@ def savevm(machine: Machine, tag: str) -> None:
 
 
 def loadvm(machine: Machine, tag: str) -> None:
-    """HMP loadvm, into the running VM."""
+    """HMP loadvm, into the running VM; what was done since is undone, in memory too."""
+    machine.console.check("touch /tmp/future")
     assert machine.qmp.hmp(f"loadvm {tag}") == ""
+    assert machine.qmp.status == "running"
+    assert machine.console.run("[ -e /tmp/future ]").status == 1
 
 
 def overwrite(machine: Machine, device: str = "/dev/nvme0n1", size: str = "16M") -> None:

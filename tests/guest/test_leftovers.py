@@ -26,7 +26,9 @@ def arguments(tree: Sysroot, work: Path) -> list[str]:
 
 def of_program(machine: Machine, name: str) -> Process:
     """The one process of the VM whose program is `name`."""
-    found = [process for process in marked(machine.mark) if f"/bin/{name} " in f"{process.command} "]
+    found = [
+        process for process in marked(machine.mark) if f"--argv0 {machine.sysroot.program(name)} " in process.command
+    ]
     assert len(found) == 1, found
     return found[0]
 

@@ -55,8 +55,6 @@ def test_loadvm_in_place_twice(machine: Machine, arguments: list[str]) -> None:
     for _ in range(2):
         overwrite(machine)
         loadvm(machine, "t1")
-        assert machine.qmp.status == "running"
-        assert not FIO.finished(machine.console)
         assert_verifies(machine)
     assert machine.quit() == 0
 
