@@ -9,13 +9,15 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-from nvmove.block.backend import Backend, BackendError
+from nvmove.block.backend import BackendError
 from nvmove.block.config import DriveConfig
+from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.open import open_drive
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
 from nvmove.nvme.config import ControllerConfig
 from nvmove.options.devices import ParsedController, parse_controllers, parse_device
+from nvmove.options.faults import add_argument, parse_fault
 from nvmove.options.syntax import OptionError, parse
 from nvmove.vfio.transport import ListenError
 
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="nvme,serial=…,drive=d0, in QEMU's -device syntax; further namespaces as nvme-ns,drive=…",
     )
+    add_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +49,20 @@ def run(args: argparse.Namespace) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         controller, drives = _configure(args.device, args.drive)
+        faults = FaultRules()
+        for text in args.fault:
+            faults.add(parse_fault(text, drives))
         with contextlib.ExitStack() as cleanup:
-            backends: dict[str, Backend] = {}
+            backends: dict[str, FaultyBackend] = {}
             for use in controller.drives:
-                backends[use.name] = open_drive(drives[use.name], share_rw=use.share_rw)
+                image = open_drive(drives[use.name], share_rw=use.share_rw)
+                backends[use.name] = FaultyBackend(image, faults, [use.name])
                 cleanup.callback(backends[use.name].close)
             config = _with_write_cache(controller, drives)
             device = NvmeDevice(config, backends, id=config.id or "nvme0")
             cleanup.callback(device.close)
+            for namespace in device.controller.namespaces:
+                backends[namespace.config.drive].namespace = namespace
             device.start(args.socket)
             print(attach_lines(args.socket, controller), flush=True)
             signal.sigwait(ENDING_SIGNALS)

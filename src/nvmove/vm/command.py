@@ -9,7 +9,9 @@ import sys
 from typing import NoReturn
 
 from nvmove.block.backend import BackendError
+from nvmove.block.fault import FaultRules
 from nvmove.errors import UserError
+from nvmove.options.faults import add_argument, parse_fault
 from nvmove.vfio.transport import ListenError
 from nvmove.vm.arguments import lift
 from nvmove.vm.machine import Machine
@@ -20,6 +22,7 @@ from nvmove.vmstate.dbus_daemon import BusError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `nvmove run`."""
+    add_argument(parser)
     parser.add_argument(
         "qemu", nargs=argparse.REMAINDER, metavar="QEMU ARGS…", help="QEMU and its arguments, as you would start it"
     )
@@ -35,10 +38,15 @@ def run(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             print(f"nvmove: warning: {warning}", file=sys.stderr)
         if not plan.passthrough:
+            faults = FaultRules()
+            for text in args.fault:
+                faults.add(parse_fault(text, plan.drive_names))
             try:
-                return asyncio.run(Machine(plan, directory).run())
+                return asyncio.run(Machine(plan, directory, faults).run())
             except (BackendError, BusError, ListenError) as error:
                 raise UserError(str(error)) from None
+    if args.fault:
+        raise UserError(f"--fault {args.fault[0]}: no -device nvme is there that it could be for")
     return _become(plan)
 
 

@@ -13,6 +13,7 @@ from qemu.qmp.error import QMPError
 from qemu.qmp.protocol import ConnectError
 
 from nvmove.block.backend import Backend
+from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.late import LateBackend
 from nvmove.block.raw import open_raw
 from nvmove.device import NvmeDevice
@@ -20,6 +21,7 @@ from nvmove.errors import UserError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.exports import Export, open_exports
+from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.plan import Plan, PlannedDrive
@@ -36,15 +38,16 @@ class _Drive:
     """A planned drive with its back end."""
 
     plan: PlannedDrive
-    backend: Backend
+    backend: FaultyBackend
     late: LateBackend | None
 
 
 class Machine:
     """Runs a plan."""
 
-    def __init__(self, plan: Plan, run_directory: Path) -> None:
+    def __init__(self, plan: Plan, run_directory: Path, faults: FaultRules | None = None) -> None:
         self._plan = plan
+        self._faults = FaultRules() if faults is None else faults
         self._run_directory = run_directory
         self._drives: dict[str, _Drive] = {}
         self._devices: list[NvmeDevice] = []
@@ -84,7 +87,8 @@ class Machine:
     def _open_drives(self) -> None:
         for plan in self._plan.drives:
             late = LateBackend() if plan.in_qemu else None
-            backend: Backend = late or open_raw(plan.config.file, options=plan.config.options)
+            image: Backend = late or open_raw(plan.config.file, options=plan.config.options)
+            backend = FaultyBackend(image, self._faults, plan.names)
             self._drives[plan.key] = _Drive(plan, backend, late)
             self._cleanup.push_async_callback(asyncio.to_thread, backend.close)
 
@@ -92,6 +96,8 @@ class Machine:
         backends = {key: drive.backend for key, drive in self._drives.items()}
         for plan in self._plan.devices:
             device = NvmeDevice(plan.config, backends, id=plan.id)
+            for namespace in device.controller.namespaces:
+                backends[namespace.config.drive].namespace = namespace
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
             device.start(plan.socket)
             self._devices.append(device)
@@ -112,6 +118,7 @@ class Machine:
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
         Handlers(facade, runstate, snapshots, served).register()
+        FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
         if self._plan.loadvm is not None:
             await self._load(snapshots, self._plan.loadvm, facade)

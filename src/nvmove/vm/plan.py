@@ -37,6 +37,11 @@ class PlannedDrive:
     in_qemu: bool
     """QEMU keeps the node, to be exported by its NBD server; else nvmove opens the raw image itself."""
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What a user may call it."""
+        return frozenset({self.key, self.name, self.node} - {""})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -59,3 +64,8 @@ class Plan:
     """A device of QEMU's own reads and writes nvmove's standard input and output (`-serial stdio`)."""
     warnings: tuple[str, ...] = ()
     """Lines for the user that are no errors, such as QEMU's for deprecated spellings."""
+
+    @property
+    def drive_names(self) -> frozenset[str]:
+        """What a user may call the drives."""
+        return frozenset().union(*(drive.names for drive in self.drives))
