@@ -158,7 +158,6 @@ def test_snapshot_names_in_the_running_vm(machine: Machine, image: Path) -> None
     assert machine.quit() == 0
 
 
-@pytest.mark.xfail(reason="the line is there, and around it the log's and three of QEMU's", strict=False)
 def test_snapshot_of_another_device_configuration(machine: Machine, work: Path, tree: Sysroot, image: Path) -> None:
     machine.start(["-M", "q35", *disk(image)])
     savevm(machine, "t1")

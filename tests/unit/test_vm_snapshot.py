@@ -248,6 +248,18 @@ def test_a_loadvm_that_failed_half_way_leaves_the_vm_stopped() -> None:
     assert not qemu.running
 
 
+def test_a_state_that_a_device_refused_is_explained_in_one_line() -> None:
+    qemu, device, _, snapshots = setup()
+    qemu.answers["loadvm t1"] = (
+        "dbus_load_state_proxy: Failed to Load: GDBus.Error:org.qemu.VMState1.Refused: nvmove: nvmove/nv0: "
+        "serial is 'A' here, and was 'B' when saved\r\nError: error while loading state\r\n"
+    )
+    qemu.on_hmp["loadvm t1"] = lambda: setattr(device, "resets", 1)
+    with pytest.raises(SnapshotError, match=r"^nvmove device 'nv0': serial is 'A' here, and was 'B' when saved$"):
+        run(snapshots.load("loadvm t1"))
+    assert not qemu.running
+
+
 def test_a_snapshot_without_our_state_is_refused_and_leaves_the_vm_stopped() -> None:
     qemu, _, _, snapshots = setup()
     with pytest.raises(SnapshotError, match="no state of the nvmove device 'nv0'"):

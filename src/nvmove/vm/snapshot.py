@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -18,6 +19,9 @@ from nvmove.vmstate.bus import check_size
 from nvmove.vmstate.schema import StateError
 
 log = logging.getLogger(__name__)
+
+_REFUSED = re.compile(r"VMState1\.Refused: nvmove: nvmove/(\S+): ([^\r\n]+)")
+"""Why a device of ours refused its state (vmstate/bus.py), amid what QEMU says about it in three lines of its own."""
 
 
 class SavedDevice(Replayed, Paused, Protocol):
@@ -105,6 +109,8 @@ class Snapshots:
             mark = self._marks()
             output = await self._monitor.hmp(line)
             await self._finish_load(held, mark, failed=bool(output.strip()))
+            if refused := _REFUSED.search(output):
+                raise SnapshotError(f"nvmove device '{refused[1]}': {refused[2]}")
             return output
 
     def _marks(self) -> list[tuple[int, int]]:

@@ -187,5 +187,5 @@ class _Service:
         return Message.new_method_return(message)
 
     def _refuse(self, message: Message, why: str) -> Message:
-        log.error("%s: %s refused: %s", self._ident, message.member, why)
+        log.info("%s: %s refused: %s", self._ident, message.member, why)  # QEMU tells the user
         return Message.new_error(message, f"{INTERFACE}.Refused", f"nvmove: {self._ident}: {why}")
