@@ -44,6 +44,9 @@ class Disk:
         self.data = self.data[: self.actual_size].ljust(self.actual_size, b"\0")
         return self.size
 
+    def recover(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -99,6 +99,9 @@ class Disk:
     def refresh_size(self) -> int:
         return self.size
 
+    def recover(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

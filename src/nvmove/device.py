@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvmove.block.backend import Backend
+from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.engine.plain import PlainEngine
 from nvmove.nvme import management, vmsd
 from nvmove.nvme.config import ControllerConfig
@@ -60,7 +61,13 @@ class NvmeDevice:
         *,
         id: str,
         engine: Engine | None = None,
+        errors: Mapping[str, DriveErrors] | None = None,
+        on_error: Callable[[ErrorReport], None] | None = None,
     ) -> None:
+        """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive.
+
+        It is called on any thread, and must not wait.
+        """
         self.id = id
         self.loads = 0
         """States loaded since the device exists."""
@@ -71,7 +78,9 @@ class NvmeDevice:
         self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
         self._memory = GuestMemory()
         self._engine = engine or PlainEngine(id)
-        self.controller = Controller(config, backends, self._memory, self._lines, self._engine)
+        self.controller = Controller(
+            config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error
+        )
         self._client: Client | None = None
         self._server: Server | None = None
         # Guards what both sides touch: configuration space and the loaded PCI state.
@@ -113,6 +122,11 @@ class NvmeDevice:
         with self._lock:
             self._loaded = None
         self.controller.resume()
+
+    @property
+    def held(self) -> int:
+        """Commands that failed and wait to be tried again at `resume`."""
+        return self.controller.held
 
     def save(self) -> bytes:
         """Return the state of the paused device, in QEMU's wire format."""

@@ -49,6 +49,9 @@ class EmptyDisk:
     def refresh_size(self) -> int:
         return self.size
 
+    def recover(self) -> None:
+        pass
+
     def close(self) -> None:
         """Nothing is open."""
 

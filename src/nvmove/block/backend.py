@@ -76,6 +76,12 @@ class Backend(Protocol):
     def refresh_size(self) -> int:
         """Look at the size again (the image may have been resized) and return it."""
 
+    def recover(self) -> None:
+        """Mend what can be mended from here, a lost connection: called before requests that failed are tried again.
+
+        Does nothing where nothing is broken. May wait; raises BackendError. Not for a `done` callback.
+        """
+
     def close(self) -> None:
         """Finish what is under way, then close the image and drop its locks."""
 

@@ -48,6 +48,11 @@ class LateBackend:
         """Look at the size again and return it."""
         return self._image.refresh_size() if self._image else 0
 
+    def recover(self) -> None:
+        """As Backend's."""
+        if self._image is not None:
+            self._image.recover()
+
     def close(self) -> None:
         """Close what was opened."""
         if self._image is not None:

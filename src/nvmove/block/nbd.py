@@ -108,6 +108,11 @@ class NbdBackend:
             _log.warning("%s", error)
         return self.size
 
+    def recover(self) -> None:
+        """Connect again if the connection is lost; raises BackendError."""
+        if not self.is_connected:
+            self.reconnect()
+
     def reconnect(self) -> None:
         """Disconnect, if that is still to do, and connect again; raises BackendError, and may then be called again.
 

@@ -85,6 +85,9 @@ class RawBackend:
             _log.warning("size of '%s' cannot be read: %s", self._path, error.strerror)
         return self._size
 
+    def recover(self) -> None:
+        """A file has no connection to lose; what its filesystem lacks, others mend."""
+
     def inactivate(self) -> None:
         """Hand the image over: finish what is under way, flush, drop the locks. Requests are refused with EPERM."""
         self._gate.shut(errno.EPERM)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvmove.block.backend import Backend
+from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.nvme import saving
 from nvmove.nvme.activity import Activity, Callback
 from nvmove.nvme.command import Command
@@ -75,6 +76,9 @@ class Controller:
         interrupts: Interrupts,
         engine: Engine,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        errors: Mapping[str, DriveErrors] | None = None,
+        on_error: Callable[[ErrorReport], None] | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
@@ -91,6 +95,8 @@ class Controller:
         self.epoch = 0
         """Counts disables and resets: a command of an earlier epoch completes without a trace."""
         self.events = EventQueue(config.aerl + 1, config.aer_max_queued)
+        self.errors = errors or {}
+        self.on_error = on_error or (lambda _report: None)
         self.namespaces = NamespaceTable(config, backends)
         self.features = Features(config, clock)
         self.logs = Logs(config, clock)
@@ -104,6 +110,12 @@ class Controller:
     def runs(self) -> bool:
         """Whether commands are fetched now."""
         return not self.paused and not self.resetting and self.registers.runs
+
+    @property
+    def held(self) -> int:
+        """Commands that failed and wait to be tried again at `resume`."""
+        with self.lock:
+            return sum(len(sq.held) for sq in self.sqs.values())
 
     @property
     def page_size(self) -> int:

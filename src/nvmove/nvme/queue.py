@@ -83,6 +83,24 @@ class CompletionQueue:
 
 
 @dataclass(slots=True, eq=False)
+class HeldCommand:
+    """All that is kept of a command that failed and is to be tried again: no memory, no permit, nothing in flight."""
+
+    order: int
+    """Which command of its queue it was: they are tried again in this order."""
+    sqe: bytes
+    ready: bool = False
+    """Its turn has come: the VM ran again since it failed, or an Abort hit it."""
+    aborted: bool = False
+    """An Abort hit it: it completes as aborted instead."""
+
+    @property
+    def cid(self) -> int:
+        """Its command id (SQE, bytes 2 and 3)."""
+        return int.from_bytes(self.sqe[2:4], "little")
+
+
+@dataclass(slots=True, eq=False)
 class SubmissionQueue:
     """A submission queue: the controller owns `head`, the host `tail`."""
 
@@ -102,6 +120,8 @@ class SubmissionQueue:
     """Entries fetched since it was created: tells a ring position from the same one a round later."""
     aborted: set[int] = field(default_factory=set)
     """Ring positions, between head and tail, that an Abort hit: they complete as aborted when they are fetched."""
+    held: list[HeldCommand] = field(default_factory=list)
+    """Commands that failed at the back end and wait to be tried again, in the order they were submitted."""
     on_idle: Callable[[], None] | None = None
     """Set while a Delete I/O Submission Queue waits for what is in flight."""
 

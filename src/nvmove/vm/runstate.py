@@ -48,7 +48,7 @@ class RunState:
         """Resume every device."""
         async with self._turn:
             for device in self._devices:
-                device.resume()
+                await asyncio.to_thread(device.resume)  # it may have to connect to its disks again
 
     async def follow(self, event: str) -> None:
         """Take QEMU's STOP or RESUME event."""
