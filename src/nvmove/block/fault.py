@@ -188,6 +188,10 @@ class FaultyBackend:
         """Look at the size again and return it."""
         return self.image.refresh_size()
 
+    def recover(self) -> None:
+        """As Backend's. A fault made on purpose is no lost connection: only its rule's end mends it."""
+        self.image.recover()
+
     def close(self) -> None:
         """Begin what is delayed at once, then close the image."""
         self._delays.close()
