@@ -334,13 +334,13 @@ def test_inspect_shows_a_running_controller() -> None:
 SAVED_OR_DERIVED = {
     Controller: {
         "saved": {"registers", "sqs", "cqs", "events", "features", "logs", "namespaces", "config"},
-        "seams": {"memory", "interrupts", "engine", "lock"},
+        "seams": {"memory", "interrupts", "engine", "lock", "on_error"},
         "nothing while paused and idle": {"activity", "resetting", "paused", "_runner"},
         "only compared": {"epoch"},
-        "of this process": {"log_limit"},
+        "of this process": {"log_limit", "errors"},
     },
     SubmissionQueue: {
-        "saved": {"sqid", "cq", "address", "size", "priority", "head", "tail", "aborted"},
+        "saved": {"sqid", "cq", "address", "size", "priority", "head", "tail", "aborted", "held"},
         "nothing while paused and idle": {"in_flight", "on_idle"},
         "only compared": {"epoch", "fetched"},
     },
