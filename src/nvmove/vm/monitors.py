@@ -6,6 +6,7 @@ each port gets a private socket instead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,7 @@ class _Lifter:
         self.compat = 0
         self.serials = 0
         self.ports = 0
+        self.escape = 0x01
 
     def lift(self) -> Monitors:
         for item in self.given:
@@ -101,6 +103,8 @@ class _Lifter:
                 )
                 self._add(option, _MONITOR_OBJECTS[str(kind)], syntax.boolean(option, "pretty", False))
                 return []
+        if name == "echr":
+            self.escape = _escape(value)
         if name in _PORT_OPTIONS and value.startswith("mon:"):
             ident = f"{name}{self.serials if name == 'serial' else ''}"
             self.serials += name == "serial"
@@ -167,6 +171,7 @@ class _Lifter:
             pretty=pretty,
             mux=tuple(line.ports),
             monitors=tuple(other for other, _ in further),
+            escape=self.escape,
         )
 
     def _check_stdio(self, found: Sequence[MonitorEndpoint]) -> bool:
@@ -191,6 +196,16 @@ def lift(items: Sequence[Item], directory: Path) -> Monitors:
     Raises OptionError.
     """
     return _Lifter(items, directory).lift()
+
+
+def _escape(value: str) -> int:
+    """Return the character of `-echr`; QEMU reads a number at the start as C does, and looks no further."""
+    found = re.match(r"\s*([+-]?)(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)", value)
+    if not found:
+        raise OptionError(f"-echr {value}: Bad argument to echr")
+    digits = found[2]
+    base = 16 if digits[:2] in ("0x", "0X") else 8 if digits[0] == "0" else 10
+    return int(found[1] + digits, base) & 0xFF
 
 
 def _default_serial(items: Sequence[Item]) -> bool:
