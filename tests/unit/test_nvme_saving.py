@@ -459,7 +459,7 @@ REFUSED: list[tuple[Change, str]] = [
     (setting("smart.bytes_read", -1), "smart: bytes_read"),
     (setting("changed_namespaces", [0]), "changed_namespaces"),
     (setting("changed_namespaces", [1] * 2000), "changed_namespaces has too many"),
-    (setting("namespaces", []), "namespace 1 is not in the state"),
+    (setting("namespaces", []), "namespace 1 is here, and was not when saved"),
     (appending("namespaces", NAMESPACE), "namespace 2 is not here"),
     (setting("namespaces.0.uuid", bytes(16)), "namespace 1: uuid"),
     (setting("namespaces.0.eui64", 5), "namespace 1: eui64 is 0x0 here, and was 0x5"),
@@ -502,7 +502,7 @@ def test_another_set_of_namespaces_is_refused_by_name() -> None:
     )
     host = Host(config=config)
     host.controller.pause(0)
-    with pytest.raises(StateError, match="namespace 2 is not in the state"):
+    with pytest.raises(StateError, match="namespace 2 is here, and was not when saved"):
         host.controller.load(state)
 
 

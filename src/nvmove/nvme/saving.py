@@ -282,7 +282,8 @@ def _check_namespaces(controller: Controller, saved: Iterable[NamespaceState]) -
         name = f"namespace {state.nsid}"
         live = here.pop(state.nsid, None)
         if live is None:
-            raise StateError(f"{name} is not here, or twice in the state")
+            twice = controller.namespaces.get(state.nsid) is not None
+            raise StateError(f"{name} is twice in the state" if twice else f"{name} is not here, and was when saved")
         now = live.save()
         for field in ("uuid", "nguid", "eui64"):
             there, this = getattr(state, field), getattr(now, field)
@@ -298,7 +299,7 @@ def _check_namespaces(controller: Controller, saved: Iterable[NamespaceState]) -
         blocks = live.backend.size >> state.block_shift
         _require(state.blocks == blocks, f"{name} has {blocks} blocks here, and had {state.blocks} when saved")
     for nsid in here:
-        raise StateError(f"namespace {nsid} is not in the state")
+        raise StateError(f"namespace {nsid} is here, and was not when saved")
 
 
 def _identity(value: bytes | int) -> str:
