@@ -179,10 +179,11 @@ class NvmeDevice:
             "controller": self.controller.inspect(),
         }
 
-    def refresh(self) -> None:
-        """The back ends were opened or changed size: the namespaces look at their size again, the guest is told."""
+    def refresh(self, drive: str | None = None) -> None:
+        """The back ends, or one, were opened or changed size: the namespaces look at it again, the guest is told."""
         for namespace in self.controller.namespaces:
-            management.resized(self.controller, namespace.nsid)
+            if drive in {None, namespace.config.drive}:
+                management.resized(self.controller, namespace.nsid)
 
     # --- PCI replay (vm/replay.py) -----------------------------------------------------------------------------------
 

@@ -88,6 +88,20 @@ class RawBackend:
     def recover(self) -> None:
         """A file has no connection to lose; what its filesystem lacks, others mend."""
 
+    def resize(self, size: int) -> None:
+        """Change the length to `size` bytes, as QEMU's `block_resize` does; raises BackendError in its words."""
+        if self._options.read_only:
+            raise BackendError("Image is read-only")
+        if isinstance(self._space, DeviceSpace):
+            if size > self._space.size():
+                raise BackendError("Cannot grow device files")
+            return  # a device keeps its size
+        try:
+            os.ftruncate(self._fd, size)
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.EFBIG)
+            raise BackendError(f"Could not resize file: {reason}") from None
+
     def inactivate(self) -> None:
         """Hand the image over: finish what is under way, flush, drop the locks. Requests are refused with EPERM."""
         self._gate.shut(errno.EPERM)

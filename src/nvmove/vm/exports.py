@@ -24,6 +24,33 @@ class Export:
     """The block node, by its name or the drive's id."""
     writable: bool
 
+    @property
+    def id(self) -> str:
+        """The export's id in QEMU."""
+        return f"nvmove-{self.drive}"
+
+
+async def add_export(monitor: Monitor, export: Export) -> None:
+    """Make QEMU's NBD server, which runs, offer `export`."""
+    await monitor.execute(
+        "block-export-add",
+        {
+            "type": "nbd",
+            "id": export.id,
+            "node-name": export.node,
+            "name": export.drive,
+            "writable": export.writable,
+            "allow-inactive": True,
+        },
+    )
+
+
+async def remove_export(monitor: Monitor, export: Export) -> None:
+    """Take `export` away, and its client's connection; on return QEMU's node is free of it."""
+    await monitor.execute("block-export-del", {"id": export.id, "mode": "hard"})
+    while any(found["id"] == export.id for found in await monitor.execute("query-block-exports")):
+        await asyncio.sleep(0.01)  # it goes when its client is gone
+
 
 async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) -> dict[str, Backend]:
     """Start QEMU's NBD server at `socket` and connect to an export for each drive; raise BackendError."""
@@ -33,17 +60,7 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
     opened: dict[str, Backend] = {}
     try:
         for export in exports:
-            await monitor.execute(
-                "block-export-add",
-                {
-                    "type": "nbd",
-                    "id": f"nvmove-{export.drive}",
-                    "node-name": export.node,
-                    "name": export.drive,
-                    "writable": export.writable,
-                    "allow-inactive": True,
-                },
-            )
+            await add_export(monitor, export)
             uri = f"nbd+unix:///{export.drive}?socket={socket}"
             opened[export.drive] = await asyncio.to_thread(open_nbd, uri)
     except BaseException:

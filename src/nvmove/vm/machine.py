@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from qemu.qmp.protocol import ConnectError
 from nvmove.block.backend import Backend
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.late import LateBackend
-from nvmove.block.raw import open_raw
+from nvmove.block.raw import RawBackend, open_raw
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
 from nvmove.vm import qemu
@@ -25,6 +26,7 @@ from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.plan import Plan, PlannedDrive
+from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
 from nvmove.vm.snapshot import SnapshotError, Snapshots
@@ -113,11 +115,12 @@ class Machine:
     async def _set_up(self, client: QemuClient, monitors: Monitors) -> None:
         facade = Facade(client)
         runstate = RunState(facade, self._devices)
-        await self._connect_exports(facade)
+        exports = await self._connect_exports(facade)
         served = [self._served(drive) for drive in self._drives.values()]
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
         Handlers(facade, runstate, snapshots, served).register()
+        Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
         FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
         if self._plan.loadvm is not None:
@@ -126,7 +129,7 @@ class Machine:
         if not self._plan.paused:
             await runstate.cont()
 
-    async def _connect_exports(self, facade: Facade) -> None:
+    async def _connect_exports(self, facade: Facade) -> dict[str, Export]:
         late = {key: drive for key, drive in self._drives.items() if drive.late is not None}
         exports = [
             Export(key, await _node(facade, drive.plan), not drive.plan.config.options.read_only)
@@ -142,6 +145,18 @@ class Machine:
             waiting.open(backend)
         for device in self._devices:
             device.refresh()
+        return {export.drive: export for export in exports}
+
+    def _disk(self, key: str, drive: _Drive, exports: dict[str, Export]) -> Disk:
+        """Return what `block_resize` needs to know of a drive."""
+        (device,) = (device for device in self._devices if device.id == drive.plan.device)
+        image: Resizable | Export
+        if drive.late is None:
+            assert isinstance(drive.backend.image, RawBackend)
+            image = drive.backend.image
+        else:
+            image = exports[key]
+        return Disk(drive.plan.name, drive.plan.node, image, functools.partial(device.refresh, key))
 
     def _served(self, drive: _Drive) -> ServedDrive:
         plan = drive.plan
