@@ -1,0 +1,134 @@
+"""QMP's snapshot jobs on a real guest under I/O: their events, their errors, and the VM's state when they conclude."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.machine import Machine
+from nvmove.lab.qmp import QmpError
+from nvmove.lab.sysroot import Sysroot
+from tests.guest.conftest import disk, make_image
+
+WELL = ["created", "running", "waiting", "pending", "concluded"]
+
+
+def node_of(machine: Machine, device: str = "d0") -> str:
+    (info,) = (info for info in machine.qmp.execute("query-block") if info["device"] == device)
+    return str(info["inserted"]["node-name"])
+
+
+def job(machine: Machine, kind: str, tag: str, ident: str, **more: Any) -> tuple[list[str], str, str | None]:
+    """Run a job to its end and dismiss it.
+
+    Returns the statuses its events told, the VM's run state as seen once the last had come, and the job's error.
+    """
+    node = node_of(machine)
+    arguments: dict[str, Any] = {"job-id": ident, "tag": tag, "devices": [node], **more}
+    if kind != "snapshot-delete":
+        arguments.setdefault("vmstate", node)
+    machine.qmp.events.clear()
+    assert machine.qmp.execute(kind, arguments) == {}
+    statuses: list[str] = []
+    while not statuses or statuses[-1] != "concluded":
+        event = machine.qmp.wait_event("JOB_STATUS_CHANGE")
+        assert event["data"]["id"] == ident
+        statuses.append(event["data"]["status"])
+    state = machine.qmp.status
+    (found,) = (found for found in machine.qmp.execute("query-jobs") if found["id"] == ident)
+    machine.qmp.execute("job-dismiss", {"id": ident})
+    return statuses, state, found.get("error")
+
+
+def test_save_load_and_delete_under_io(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))])
+    fio = Fio("v", blocks=1500, rate=250)
+    fio.start(machine.console)
+    wait_writes(machine.console, 150)
+    assert job(machine, "snapshot-save", "t1", "j0") == (WELL, "running", None)
+    machine.console.check("touch /tmp/future")
+    wait_writes(machine.console, 400)
+    assert job(machine, "snapshot-load", "t1", "j0") == (WELL, "running", None)
+    assert machine.console.run("[ -e /tmp/future ]").status == 1
+    fio.wait(machine.console)
+    assert job(machine, "snapshot-delete", "t1", "j0") == (WELL, "running", None)
+    assert "There is no snapshot available" in machine.qmp.hmp("info snapshots")
+    assert disk_complaints(machine.console) == []
+    assert machine.quit() == 0
+
+
+def test_a_job_on_a_stopped_vm_leaves_it_stopped(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.start(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2", "16M"))])
+    machine.qmp.execute("stop")
+    for kind in ("snapshot-save", "snapshot-load"):
+        assert job(machine, kind, "t1", "j0") == (WELL, "paused", None)
+    machine.qmp.execute("cont")
+    assert machine.qmp.status == "running"
+    assert machine.quit() == 0
+
+
+def test_errors_name_what_is_wrong_and_the_vm_runs_on(machine: Machine, tree: Sysroot, work: Path) -> None:
+    qcow2, raw = (make_image(tree, work / name, "16M") for name in ("d0.qcow2", "d1.raw"))
+    machine.start(["-M", "q35", *disk(qcow2), *disk(raw, "d1")])
+    statuses, state, error = job(machine, "snapshot-load", "absent", "j0")
+    assert (statuses[-2:], state) == (["aborting", "concluded"], "running")
+    assert error is not None and "absent" in error
+    statuses, state, error = job(machine, "snapshot-save", "t1", "j0", devices=["no-such-node"])
+    assert (statuses[-1], state) == ("concluded", "running")
+    assert error is not None and "no-such-node" in error
+    raw_node = node_of(machine, "d1")
+    with pytest.raises(QmpError, match="is writable but does not support snapshots"):
+        job(machine, "snapshot-save", "t1", "j0", devices=[node_of(machine), raw_node])
+    with pytest.raises(QmpError, match="'tag' is missing"):
+        machine.qmp.execute("snapshot-save", {"job-id": "j1", "vmstate": "x", "devices": []})
+    assert machine.qmp.status == "running"
+    assert machine.qmp.execute("query-jobs") == []
+    assert machine.quit() == 0
+
+
+def test_a_second_savevm_of_a_tag_replaces_the_first_and_delvm_removes_it(
+    machine: Machine, tree: Sysroot, work: Path
+) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2", "64M"))])
+    for moment in ("first", "second"):
+        machine.console.check(f"touch /tmp/{moment}")
+        assert machine.qmp.hmp("savevm t1") == ""
+    machine.console.check("touch /tmp/future")
+    assert machine.qmp.hmp("info snapshots").count("t1") == 1
+    assert machine.qmp.hmp("loadvm t1") == ""
+    assert machine.console.run("[ -e /tmp/first -a -e /tmp/second ]").status == 0
+    assert machine.console.run("[ -e /tmp/future ]").status == 1
+    assert machine.qmp.hmp("delvm t1") == ""
+    assert "There is no snapshot available" in machine.qmp.hmp("info snapshots")
+    assert "t1" in machine.qmp.hmp("delvm t1")
+    assert "t1" in machine.qmp.hmp("loadvm t1")
+    assert machine.qmp.status == "running"
+    assert machine.quit() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("serial=OTHER", "serial is 'OTHER' here, and was 'S1' when saved"),
+        ("serial=S1,max_ioqpairs=7", "max_ioqpairs is 7 here, and was 64 when saved"),
+        ("serial=S1,mdts=4", "mdts is 4 here, and was 7 when saved"),
+    ],
+)
+def test_a_snapshot_of_another_device_says_the_difference_once(
+    machine: Machine, tree: Sysroot, work: Path, change: str, reason: str
+) -> None:
+    image = make_image(tree, work / "d0.qcow2", "16M")
+    drive = ["-M", "q35", "-drive", f"if=none,id=d0,file={image},format=qcow2", "-device"]
+    machine.start([*drive, "nvme,drive=d0,serial=S1"])
+    assert machine.qmp.hmp("savevm t1") == ""
+    assert machine.quit() == 0
+    machine.start([*drive, f"nvme,drive=d0,{change}"])
+    said = machine.qmp.hmp("loadvm t1")
+    assert len(said.splitlines()) == 1 and reason in said
+    assert machine.qmp.status == "paused"
+    assert machine.qmp.execute("query-block") != []
+    assert machine.quit() == 0
+    assert reason not in machine.started.output
