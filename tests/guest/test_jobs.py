@@ -103,7 +103,7 @@ def test_a_second_savevm_of_a_tag_replaces_the_first_and_delvm_removes_it(
     assert machine.console.run("[ -e /tmp/future ]").status == 1
     assert machine.qmp.hmp("delvm t1") == ""
     assert "There is no snapshot available" in machine.qmp.hmp("info snapshots")
-    assert "t1" in machine.qmp.hmp("delvm t1")
+    assert machine.qmp.hmp("delvm t1") == ""  # as QEMU: nothing to delete is no error
     assert "t1" in machine.qmp.hmp("loadvm t1")
     assert machine.qmp.status == "running"
     assert machine.quit() == 0
