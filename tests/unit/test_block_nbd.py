@@ -324,9 +324,9 @@ def test_reconnect_keeps_what_comes_meanwhile(open_export: Open) -> None:
     assert not meanwhile.calls
     assert not under_way.calls
     assert server.client is not None
+    server.muted.clear()  # before the last answer: then the new connection may be there at once
     server.client.sendall(server.held.pop())
     assert under_way.wait() == 0
-    server.muted.clear()
     assert meanwhile.wait() == 0
     reconnecting.join(20)
     assert server.data[:2] == b"ab"
