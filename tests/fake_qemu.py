@@ -20,7 +20,7 @@ HELP = (
 
 
 class FakeQemu:
-    """Answers each command from `answers` (a value, an exception text, or a coroutine function); logs all requests."""
+    """Answers each command from `answers` (a value, an exception: an error, or a coroutine function); logs all."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.stream = Stream.of_socket(connection)
@@ -54,6 +54,8 @@ class FakeQemu:
             answer = await answer(request.get("arguments", {}))
         if answer is KeyError:
             reply = {"error": {"class": "CommandNotFound", "desc": f"The command {name} has not been found"}}
+        elif isinstance(answer, Exception):
+            reply = {"error": {"class": "GenericError", "desc": str(answer)}}
         else:
             reply = {"return": answer}
         self.send({**reply, **({"id": request["id"]} if "id" in request else {})})

@@ -7,24 +7,28 @@ import contextlib
 import functools
 import logging
 import signal
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qemu.qmp.error import QMPError
 from qemu.qmp.protocol import ConnectError
 
-from nvmove.block.backend import Backend
+from nvmove.block.backend import Backend, BackendError
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.late import LateBackend
 from nvmove.block.raw import RawBackend, open_raw
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
+from nvmove.nvme.seams import DmaError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
+from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.plan import Plan, PlannedDrive
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
@@ -33,6 +37,8 @@ from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.bus import VMStateBus
 
 log = logging.getLogger(__name__)
+
+_QUIT_SECONDS = 10
 
 
 @dataclass
@@ -54,9 +60,21 @@ class Machine:
         self._drives: dict[str, _Drive] = {}
         self._devices: list[NvmeDevice] = []
         self._cleanup = contextlib.AsyncExitStack()
+        self._process: qemu.QemuProcess | None = None
+        self._signal = 0
+        """What ended us before there was a QEMU."""
 
     async def run(self) -> int:
         """Run the VM to its end; return QEMU's exit status. Raises UserError before anything runs."""
+        self._on_signals()
+        try:
+            return await self._run()
+        except asyncio.CancelledError:
+            if not self._signal:
+                raise
+            return 128 + self._signal
+
+    async def _run(self) -> int:
         async with self._cleanup:
             program = await asyncio.to_thread(qemu.find, self._plan.program)
             bus = await self._start_bus()
@@ -68,16 +86,35 @@ class Machine:
             client = QemuClient()
             await client.start_server(str(self._plan.qmp_socket))
             process = await qemu.start(program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio)
+            self._process = process
             ended = asyncio.create_task(process.wait())
             self._cleanup.push_async_callback(_end, process)
             self._cleanup.push_async_callback(_disconnect, client)
-            _on_signals(process)
-            if await _is_connected(client, ended):
-                try:
-                    await self._set_up(client, monitors)
-                except QemuGone:
-                    log.debug("QEMU ended while the VM was set up")
+            try:
+                await _while_it_runs(ended, self._connect_and_set_up(client, monitors))
+            except QemuGone:
+                log.debug("QEMU ended while the VM was set up")  # its message is on stderr
+            except (UserError, BackendError):
+                await _quit(client, ended)
+                raise
             return await ended
+
+    def _on_signals(self) -> None:
+        """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
+        loop = asyncio.get_running_loop()
+        running = asyncio.current_task()
+        assert running is not None
+        ending: list[asyncio.Task[int]] = []
+
+        def end(number: int) -> None:
+            if self._process is not None:
+                ending.append(asyncio.ensure_future(self._process.end()))
+            elif not self._signal:
+                self._signal = number
+                running.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, end, number)
 
     # --- before QEMU -------------------------------------------------------------------------------------------------
 
@@ -112,6 +149,13 @@ class Machine:
 
     # --- with QEMU ---------------------------------------------------------------------------------------------------
 
+    async def _connect_and_set_up(self, client: QemuClient, monitors: Monitors) -> None:
+        try:
+            await client.accept()
+        except ConnectError as error:
+            raise QemuGone("QEMU's monitor did not connect") from error
+        await self._set_up(client, monitors)
+
     async def _set_up(self, client: QemuClient, monitors: Monitors) -> None:
         facade = Facade(client)
         runstate = RunState(facade, self._devices)
@@ -124,7 +168,7 @@ class Machine:
         FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
         if self._plan.loadvm is not None:
-            await self._load(snapshots, self._plan.loadvm, facade)
+            await self._load(snapshots, self._plan.loadvm)
         await monitors.serve(facade)  # as with QEMU, a monitor answers when -loadvm is done
         if not self._plan.paused:
             await runstate.cont()
@@ -139,6 +183,9 @@ class Machine:
             opened = await open_exports(facade, self._run_directory / "nbd", exports)
         except QmpError as error:
             raise UserError(error.desc) from None
+        except BackendError:
+            await facade.execute("query-status")  # raises QemuGone when that is the reason
+            raise
         for key, backend in opened.items():
             waiting = late[key].late
             assert waiting is not None
@@ -162,15 +209,13 @@ class Machine:
         plan = drive.plan
         return ServedDrive(plan.name, plan.node, plan.device, plan.config, drive.backend, plan.in_qemu)
 
-    async def _load(self, snapshots: Snapshots, tag: str, facade: Facade) -> None:
+    async def _load(self, snapshots: Snapshots, tag: str) -> None:
         """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""
         try:
             output = (await snapshots.load(f"loadvm {tag}")).strip()
-        except SnapshotError as error:
+        except (SnapshotError, ReplayError, DmaError) as error:
             output = str(error)
         if output:
-            with contextlib.suppress(QmpError, QemuGone):
-                await facade.execute("quit")
             raise UserError(output.removeprefix("Error: "))
 
 
@@ -184,16 +229,24 @@ async def _node(facade: Facade, plan: PlannedDrive) -> str:
     raise UserError(f"QEMU does not know the drive '{plan.name}'")
 
 
-async def _is_connected(client: QemuClient, ended: asyncio.Task[int]) -> bool:
-    """Wait for QEMU to connect its monitor; return False when it ended instead (its message is on stderr)."""
-    accepted = asyncio.create_task(client.accept())
-    await asyncio.wait({accepted, ended}, return_when=asyncio.FIRST_COMPLETED)
-    if not accepted.done():
-        accepted.cancel()
-    with contextlib.suppress(ConnectError, asyncio.CancelledError):
-        await accepted
-        return True
-    return False
+async def _while_it_runs(ended: asyncio.Task[int], work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`, but no longer than QEMU runs."""
+    doing = asyncio.create_task(work)
+    try:
+        await asyncio.wait({doing, ended}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        doing.cancel()
+        await asyncio.wait({doing})
+    if not doing.cancelled():
+        doing.result()
+
+
+async def _quit(client: QemuClient, ended: asyncio.Task[int]) -> None:
+    """End QEMU so that it has nothing to say about it: the one line is ours."""
+    with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+        async with asyncio.timeout(_QUIT_SECONDS):
+            await client.execute("quit")
+            await asyncio.wait({ended})
 
 
 async def _disconnect(client: QemuClient) -> None:
@@ -205,15 +258,3 @@ async def _end(process: qemu.QemuProcess) -> None:
     """QEMU is not to outlive us."""
     if process.running:
         await process.end()
-
-
-def _on_signals(process: qemu.QemuProcess) -> None:
-    """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
-    loop = asyncio.get_running_loop()
-    ending: list[asyncio.Task[int]] = []
-
-    def end() -> None:
-        ending.append(asyncio.ensure_future(process.end()))
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, end)
