@@ -117,14 +117,17 @@ class Disk:
         with self._lock:
             ready, self.held = self.held[:count], self.held[count:]
         for request in ready:
-            at = request.offset
-            for buffer in request.buffers:
-                if request.operation is Operation.READ:
-                    buffer[:] = self.data[at : at + len(buffer)]
-                else:
-                    self.data[at : at + len(buffer)] = buffer
-                at += len(buffer)
-            request.done(0)
+            self.perform(request)
+
+    def perform(self, request: Request) -> None:
+        at = request.offset
+        for buffer in request.buffers:
+            if request.operation is Operation.READ:
+                buffer[:] = self.data[at : at + len(buffer)]
+            else:
+                self.data[at : at + len(buffer)] = buffer
+            at += len(buffer)
+        request.done(0)
 
 
 class Completion(NamedTuple):

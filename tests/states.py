@@ -13,6 +13,7 @@ from nvmove.nvme.state import (
     EventsState,
     EventState,
     FeaturesState,
+    HeldState,
     IdentityState,
     NamespaceState,
     SmartState,
@@ -62,6 +63,7 @@ def fresh() -> DeviceState:
         error_log=[],
         changed_namespaces=[],
         namespaces=[],
+        held=[],
     )
     return DeviceState(PciImage(config_space(), bytes(16 * VECTORS)), controller)
 
@@ -124,6 +126,7 @@ def busy() -> DeviceState:
         error_log=[ErrorEntryState(3, 1, 77, 0x4281, 0xFFFF, 1 << 33, 2, 2), ErrorEntryState(2, 0, 1, 2, 40, 0, 0, 6)],
         changed_namespaces=[2, 3],
         namespaces=[namespace(1), namespace(2), namespace(7)],
+        held=[],
     )  # fmt: skip
     pci = PciImage(config_space(seed=1), bytes(range(16 * VECTORS)), pending=(1, 8), intx=False)
     return DeviceState(pci, controller)
@@ -140,7 +143,17 @@ def pin() -> DeviceState:
     return DeviceState(PciImage(config_space(), bytes(16 * VECTORS), intx=True), controller)
 
 
-SAMPLES = {"fresh": fresh, "busy": busy, "pin": pin}
+def held() -> DeviceState:
+    """As `busy`, with commands held in two queues, one of them aborted."""
+    state = busy()
+    write = bytes([1, 0, 5, 0, 2, 0, 0, 0]) + bytes(range(16, 72))
+    flush = bytes([0, 0, 6, 0, 2]) + bytes(59)
+    read = bytes([2, 0, 5, 0, 7]) + bytes(59)
+    state.controller.held = [HeldState(1, False, write), HeldState(1, True, flush), HeldState(3, False, read)]
+    return state
+
+
+SAMPLES = {"fresh": fresh, "busy": busy, "pin": pin, "held": held}
 
 
 @st.composite
@@ -201,6 +214,7 @@ def states(draw: st.DrawFn) -> DeviceState:
         error_log=draw(st.lists(st.builds(ErrorEntryState, U64, U16, U16, U16, U16, U64, U32, U8), max_size=3)),
         changed_namespaces=draw(st.lists(U32, max_size=3)),
         namespaces=drawn,
+        held=draw(st.lists(st.builds(HeldState, U16, st.booleans(), st.binary(min_size=64, max_size=64)), max_size=3)),
     )
     table = draw(st.binary(min_size=16 * vectors, max_size=16 * vectors))
     config = config_space(vectors, draw(st.none() | U32))

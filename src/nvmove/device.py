@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvmove.block.backend import Backend
+from nvmove.block.backend import Backend, BackendError
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.engine.plain import PlainEngine
 from nvmove.nvme import management, vmsd
@@ -118,10 +118,22 @@ class NvmeDevice:
             raise TimeoutError(f"{self.id}: I/O is still in flight after {timeout} s")
 
     def resume(self) -> None:
-        """Go on after `pause`. What was loaded is the guest's from here on."""
+        """Go on after `pause`: first of all with the commands that are held, on disks whose connection was lost anew.
+
+        What was loaded is the guest's from here on. May wait for those disks; does not fail for them: what is tried
+        again fails again, and its error policy says what then.
+        """
+        self._recover()
         with self._lock:
             self._loaded = None
         self.controller.resume()
+
+    def _recover(self) -> None:
+        for backend in {id(namespace.backend): namespace.backend for namespace in self.controller.namespaces}.values():
+            try:
+                backend.recover()
+            except BackendError as error:
+                log.warning("%s: %s", self.id, error)
 
     @property
     def held(self) -> int:

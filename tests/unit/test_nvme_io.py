@@ -9,7 +9,7 @@ import pytest
 from tests.nvme_guest import Disk, Guest, namespace
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import io
+from nvmove.nvme import failures
 from nvmove.nvme.spec import COPY_RANGE, DEAC, DSM_RANGE, FUA, Feature, Log, Nvm, Status
 
 PATTERN = bytes(range(256)) * 2
@@ -180,7 +180,7 @@ def test_copy_limits() -> None:
     ],
 )
 def test_status_of_an_errno(operation: Operation, number: int, status: Status) -> None:
-    assert io.status_of(operation, number) == status
+    assert failures.status_of(operation, number) == status
 
 
 def test_a_failure_may_be_retried_and_is_in_the_error_log() -> None:

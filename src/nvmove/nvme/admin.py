@@ -103,18 +103,18 @@ def _delete_cq(controller: Controller, command: Command) -> None:
 
 
 def _delete_sq(controller: Controller, command: Command) -> None:
-    """Base 5.7: what was fetched completes first; what was not is never answered."""
+    """Base 5.7: what was fetched completes first, what is held as aborted; what was not fetched is never answered."""
     with controller.lock:
         sq = controller.sqs.get(command.cdw10 & 0xFFFF)
         if sq is None or sq.sqid == 0:
             raise CommandError(Status.INVALID_QID, location=CDW10)
-        if not controller.delete_sq(sq, command.complete):
-            return
-    command.complete()
+        after = controller.delete_sq(sq, command.complete)
+    for callback in after:
+        callback()
 
 
 def _abort(controller: Controller, command: Command) -> None:
-    """Base 5.1. Event requests and commands still in the ring are found; what is at the disk cannot be called back."""
+    """Base 5.1. Event requests, held commands and those still in the ring are found; what is at the disk is not."""
     sqid, cid = command.cdw10 & 0xFFFF, command.cdw10 >> 16
     sq = controller.sqs.get(sqid)
     if sq is None:
@@ -122,7 +122,7 @@ def _abort(controller: Controller, command: Command) -> None:
     if sqid == 0 and controller.abort_event_request(cid):
         command.complete()
         return
-    found = _abort_waiting(controller, sq, cid)
+    found = controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid)
     command.complete(result=0 if found else ABORT_NOT_FOUND)
 
 

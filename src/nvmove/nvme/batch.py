@@ -13,11 +13,12 @@ DEPTH = 16
 
 
 class Failure(NamedTuple):
-    """The first request of a batch that failed."""
+    """A request that failed."""
 
     operation: Operation
     errno: int
     offset: int
+    backend: Backend
 
 
 class Part(NamedTuple):
@@ -33,9 +34,10 @@ class Part(NamedTuple):
 
 
 class Batch:
-    """Runs `parts` and calls `done(failure)` once, on the thread of the last one.
+    """Runs `parts` and calls `done(failure)` once, on the thread of the last one, with the first failure or None.
 
-    None is started after a failure, nor once `is_stale()`: that is no failure, `done` has to look for itself.
+    A request that failed counts as done when `ignores(failure)`. None is started after a failure, nor once
+    `is_stale()`: that is no failure, `done` has to look for itself.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Batch:
         *,
         depth: int = DEPTH,
         is_stale: Callable[[], bool] = lambda: False,
+        ignores: Callable[[Failure], bool] = lambda _failure: False,
     ) -> None:
         self._parts = iter(parts)
         self._done = done
         self._depth = depth
         self._is_stale = is_stale
+        self._ignores = ignores
         self._lock = threading.Lock()
         self._under_way = 0
         self._exhausted = False
@@ -93,10 +97,12 @@ class Batch:
 
     def _submit(self, part: Part) -> None:
         def ended(errno: int) -> None:
+            failure = Failure(part.operation, errno, part.offset, part.backend) if errno else None
+            if failure is not None and self._ignores(failure):
+                failure = None
             with self._lock:
                 self._under_way -= 1
-                if errno and self._failure is None:
-                    self._failure = Failure(part.operation, errno, part.offset)
+                self._failure = self._failure or failure
             self._pump()
 
         part.backend.submit(

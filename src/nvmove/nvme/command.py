@@ -24,13 +24,15 @@ class Command:
 
     __slots__ = (
         "cdw10", "cdw11", "cdw12", "cdw13", "cdw14", "cdw15", "cid", "completed", "controller", "dptr", "flags",
-        "mptr", "nsid", "opcode", "sq", "sqe",
+        "mptr", "nsid", "opcode", "order", "sq", "sqe",
     )  # fmt: skip
 
-    def __init__(self, controller: Controller, sq: SubmissionQueue, sqe: bytes) -> None:
+    def __init__(self, controller: Controller, sq: SubmissionQueue, sqe: bytes, order: int = 0) -> None:
+        """`order` counts the commands of the queue."""
         self.controller = controller
         self.sq = sq
         self.sqe = sqe
+        self.order = order
         self.completed = False
         (
             self.opcode, self.flags, self.cid, self.nsid, _, self.mptr, self.dptr,

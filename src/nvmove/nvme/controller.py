@@ -15,6 +15,7 @@ What a write of CC does (Base 3.1.3.5, 3.5, 3.6, 3.7.2):
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -56,6 +57,7 @@ from nvmove.nvme.spec import (
     EventType,
     Log,
     Register,
+    Status,
 )
 from nvmove.nvme.state import ControllerState
 
@@ -219,6 +221,8 @@ class Controller:
         if not self.registers.ready or self.resetting:
             self.registers.set_shutdown_status(CSTS_SHST_COMPLETE)
             return
+        for sq in self.sqs.values():
+            sq.held.clear()
         self.registers.set_shutdown_status(CSTS_SHST_OCCURRING)
         self._finish_shutdown()
 
@@ -280,18 +284,24 @@ class Controller:
         del self.cqs[cq.cqid]
         self.drive_pin()
 
-    def delete_sq(self, sq: SubmissionQueue, done: Callback) -> bool:
-        """Stop fetching from a queue and remove it.
+    def delete_sq(self, sq: SubmissionQueue, done: Callback) -> list[Callback]:
+        """Stop fetching from a queue and remove it; held commands complete as aborted, as long as there is room.
 
-        Returns whether nothing of it is in flight; where something is, `done` is called when that is over, on a thread
-        that may post completions, without the lock.
+        `done` is called when nothing of it is in flight, on a thread that may post completions, without the lock.
+        Returns what the caller must call when it has released the lock.
         """
         self.engine.detach(sq.sqid)
         del self.sqs[sq.sqid]
         sq.cq.sqs.discard(sq.sqid)
-        if sq.in_flight:
-            sq.on_idle = done
-        return not sq.in_flight
+        # Such completions are a courtesy (Base 5.7): what finds the completion queue full does without.
+        count = sq.cq.reserve(len(sq.held))
+        self.activity.enter(sq, count)
+        orphans = [Command(self, sq, held.sqe, held.order) for held in sq.held[:count]]
+        sq.held.clear()
+        if not sq.in_flight:
+            return [done]
+        sq.on_idle = done
+        return [functools.partial(orphan.complete, Status.ABORTED_SQ_DELETION, dnr=False) for orphan in orphans]
 
     # --- commands and events -----------------------------------------------------------------------------------------
 
@@ -310,6 +320,20 @@ class Controller:
                 return
             status = error.status | STATUS_DNR * error.dnr | STATUS_MORE
             self.logs.errors.add(command, status, location=error.location, lba=error.lba)
+
+    def hold(self, command: Command, announce: Callback) -> None:
+        """Keep `command` to be tried again; `Runner.hold` says the rest."""
+        self._runner.hold(command, announce)
+
+    def abort_held(self, sq: SubmissionQueue, cid: int) -> bool:
+        """Let the held command `cid` of `sq` complete as aborted; return whether there was one."""
+        with self.lock:
+            found = next((held for held in sq.held if held.cid == cid), None)
+            if found is None:
+                return False
+            found.ready = found.aborted = True
+            self.engine.kick(sq.sqid)
+            return True
 
     def park(self, command: Command) -> None:
         """Let an Asynchronous Event Request wait: it holds no permit and is not in flight any more."""
@@ -373,9 +397,17 @@ class Controller:
             return self.activity.wait(timeout)
 
     def resume(self) -> None:
-        """Go on after `pause`: look at every submission queue's tail again, signal every vector with work."""
+        """Go on after `pause`: look at every submission queue's tail again, signal every vector with work.
+
+        What is held is tried again, first of all, and also when the VM was not paused in between: a stop that a failure
+        asked for may have been overtaken.
+        """
         with self.lock:
+            for sq in self.sqs.values():
+                for held in sq.held:
+                    held.ready = True
             if not self.paused:
+                self._kick_all()
                 return
             self.paused = False
             self.drive_pin()

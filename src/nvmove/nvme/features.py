@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events, io, state
+from nvmove.nvme import events, failures, state
 from nvmove.nvme.batch import Batch, Failure, Part
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.errors import CommandError
@@ -396,8 +396,14 @@ def _set_write_cache(controller: Controller, command: Command) -> None:
     def flushed(failure: Failure | None) -> None:
         if failure is None:
             command.complete()
-        else:
-            io.backend_failed(controller, command, failure)
+            return
+        with controller.lock:
+            controller.features.volatile_write_cache = was_on  # tried again, it has to flush again
+        failures.backend_failed(controller, command, failure)
 
     writable = (namespace for namespace in controller.namespaces if not namespace.read_only)
-    Batch((Part(namespace.backend, Operation.FLUSH) for namespace in writable), flushed).start()
+    Batch(
+        (Part(namespace.backend, Operation.FLUSH) for namespace in writable),
+        flushed,
+        ignores=lambda failure: failures.ignores(controller, failure),
+    ).start()

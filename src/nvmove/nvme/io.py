@@ -6,13 +6,12 @@ without the controller's lock and takes it only to count.
 
 from __future__ import annotations
 
-import errno as errnos
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events
+from nvmove.nvme import failures
 from nvmove.nvme.batch import Batch, Failure, Part
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace
@@ -26,7 +25,6 @@ from nvmove.nvme.spec import (
     FUA,
     FUSE,
     PAGE,
-    STATUS_MORE,
     Nvm,
     Status,
 )
@@ -39,47 +37,6 @@ log = logging.getLogger(__name__)
 
 VERIFY_CHUNK = 1 << 20
 """Verify reads into one buffer of so many bytes, whatever the length."""
-
-# --- errors of the back end ------------------------------------------------------------------------------------------
-
-_MEDIA = {
-    errnos.EIO, errnos.ENXIO, errnos.ENODEV, errnos.ENODATA, errnos.EILSEQ, errnos.EBADMSG, errnos.EREMOTEIO,
-    errnos.ENOMEDIUM, errnos.ETIMEDOUT, errnos.ENOLINK,
-}  # fmt: skip
-"""The medium failed, or the way to it."""
-_FULL = {errnos.ENOSPC, errnos.EDQUOT, errnos.EFBIG}
-
-
-def status_of(operation: Operation, errno: int) -> Status:
-    """Return the status that tells the guest of `errno` (design: error-policy.md)."""
-    if errno in _FULL and not operation.is_read:
-        return Status.CAPACITY_EXCEEDED
-    if errno == errnos.EROFS and not operation.is_read:
-        return Status.WRITE_PROTECTED
-    if errno in _MEDIA:
-        return Status.UNRECOVERED_READ_ERROR if operation.is_read else Status.WRITE_FAULT
-    return Status.INTERNAL_ERROR
-
-
-def backend_failed(controller: Controller, command: Command, failure: Failure) -> None:
-    """A request of `command` failed at the back end: this is where an error policy decides; now, it is reported.
-
-    The guest may retry (no DNR), and finds the reason in the Error Information log (More).
-    """
-    status = status_of(failure.operation, failure.errno)
-    namespace = controller.namespaces.get(command.nsid)
-    with controller.lock:
-        controller.logs.errors.add(
-            command,
-            status | STATUS_MORE,
-            lba=failure.offset >> namespace.block_shift if namespace is not None else 0,
-        )
-        if status in {Status.UNRECOVERED_READ_ERROR, Status.WRITE_FAULT}:
-            controller.logs.smart.media_errors += 1
-    if status == Status.INTERNAL_ERROR:
-        events.notify(controller, events.TRANSIENT_INTERNAL_ERROR)
-    command.complete(status, dnr=False, more=True)
-
 
 # --- running -------------------------------------------------------------------------------------------------------
 
@@ -112,8 +69,19 @@ def _start(
     succeeded: Callable[[], None],
     transfer: Transfer | None = None,
     commit: bool = False,
+    may_hold: bool = True,
 ) -> None:
-    """Run `parts`; then give `transfer` back and call `succeeded`, or report what failed."""
+    """Run `parts`; then give `transfer` back and call `succeeded`, or do what the error policy says.
+
+    When an error was ignored the command succeeds as far as the guest can tell, and nothing more is done for it.
+    """
+    ignored: list[Failure] = []
+
+    def ignores(failure: Failure) -> bool:
+        if command.stale or not failures.ignores(controller, failure):
+            return False
+        ignored.append(failure)
+        return True
 
     def done(failure: Failure | None) -> None:
         try:
@@ -121,17 +89,19 @@ def _start(
                 transfer.finish(commit=commit and failure is None)
             if command.stale:
                 command.complete()
-            elif failure is None:
-                succeeded()
+            elif failure is not None:
+                failures.backend_failed(controller, command, failure, may_hold=may_hold)
+            elif ignored:
+                command.complete()
             else:
-                backend_failed(controller, command, failure)
+                succeeded()
         except DmaError:
             command.complete(Status.DATA_TRANSFER_ERROR)
         except Exception:
             log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)
 
-    Batch(parts, done, is_stale=lambda: command.stale).start()
+    Batch(parts, done, is_stale=lambda: command.stale, ignores=ignores).start()
 
 
 def _start_lba(command: Command) -> int:
@@ -295,10 +265,11 @@ def _copy(controller: Controller, namespace: Namespace, command: Command) -> Non
         parts.append(Part(namespace.backend, Operation.READ, offset, size, (data[position : position + size],)))
         position += size
     fua = _is_durable(controller, command)
+    overlaps = any(part.offset < target + length and target < part.offset + part.length for part in parts)
 
     def write() -> None:
         part = Part(namespace.backend, Operation.WRITE, target, length, (data,), fua=fua)
-        _start(controller, command, [part], command.complete)
+        _start(controller, command, [part], command.complete, may_hold=not overlaps)
 
     _start(controller, command, parts, write)
 

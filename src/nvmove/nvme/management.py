@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events, io
+from nvmove.nvme import events, failures
 from nvmove.nvme.batch import Batch, Failure, Part
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid, selected
@@ -82,10 +82,14 @@ def format_nvm(controller: Controller, command: Command) -> None:
         if failure is None:
             command.complete()
         else:
-            io.backend_failed(controller, command, failure)
+            failures.backend_failed(controller, command, failure)
 
     Batch(
-        (part for namespace in chosen for part in _erasing(namespace)), done, depth=1, is_stale=lambda: command.stale
+        (part for namespace in chosen for part in _erasing(namespace)),
+        done,
+        depth=1,
+        is_stale=lambda: command.stale,
+        ignores=lambda failure: failures.ignores(controller, failure),
     ).start()
 
 

@@ -9,6 +9,7 @@ are written, counted and signalled one after the other, so that what is counted 
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -155,6 +156,24 @@ class SubmissionQueue:
         self.head = (self.head + count) % self.size
         self.fetched += count
         return hits
+
+    @property
+    def ready(self) -> int:
+        """Held commands whose turn has come."""
+        return sum(held.ready for held in self.held)
+
+    def hold(self, command: HeldCommand) -> None:
+        """Keep a command in its place."""
+        bisect.insort(self.held, command, key=lambda held: held.order)
+
+    def take(self, count: int) -> list[HeldCommand]:
+        """Remove the first `count` held commands whose turn has come, and return them."""
+        taken: list[HeldCommand] = []
+        rest: list[HeldCommand] = []
+        for held in self.held:
+            (taken if held.ready and len(taken) < count else rest).append(held)
+        self.held = rest
+        return taken
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the waiting entries as runs of guest memory: address and count."""

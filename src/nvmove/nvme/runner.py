@@ -13,7 +13,7 @@ from nvmove.nvme import admin, io, shutdown
 from nvmove.nvme.activity import Callback
 from nvmove.nvme.command import Command
 from nvmove.nvme.errors import CommandError
-from nvmove.nvme.queue import SubmissionQueue
+from nvmove.nvme.queue import HeldCommand, SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import (
     CQE,
@@ -47,6 +47,8 @@ class Runner:
         if sqid == 0:
             self._shut_down()
             self._deliver_events()
+        while commands := self._take_held(sqid):
+            self._run(commands)
         while (work := self._start(sqid)) is not None:
             sq, address, count = work
             try:
@@ -55,19 +57,34 @@ class Runner:
                 self._controller.fatal(f"submission queue {sqid} is not in guest memory")
                 self._leave(sq, count)
                 return
-            for command, aborted in self._fetched(sq, count, entries):
-                if command.stale:
-                    self._leave(sq)
-                elif aborted:
-                    command.complete(Status.ABORT_REQUESTED, dnr=False)
-                else:
-                    self._execute(command)
+            self._run(self._fetched(sq, count, entries))
+
+    def _run(self, commands: list[tuple[Command, bool]]) -> None:
+        for command, aborted in commands:
+            if command.stale:
+                self._leave(command.sq)
+            elif aborted:
+                command.complete(Status.ABORT_REQUESTED, dnr=False)
+            else:
+                self._execute(command)
+
+    def _take_held(self, sqid: int) -> list[tuple[Command, bool]]:
+        """Take held commands whose turn has come, with permits; they are in flight again from now on."""
+        with self._lock:
+            sq = self._controller.sqs.get(sqid)
+            if sq is None or not self._controller.runs:
+                return []
+            count = sq.cq.reserve(min(sq.ready, BATCH))
+            self._activity.enter(sq, count)
+            return [(Command(self._controller, sq, held.sqe, held.order), held.aborted) for held in sq.take(count)]
 
     def _start(self, sqid: int) -> tuple[SubmissionQueue, int, int] | None:
         """Take permits for the next entries of the queue; they count as in flight from now on."""
         with self._lock:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._controller.runs:
+                return None
+            if sq.ready:  # they come first, and wait for room in the completion queue
                 return None
             count = sq.cq.reserve(min(sq.contiguous, BATCH))
             if count == 0:
@@ -79,9 +96,11 @@ class Runner:
         """Move the head over what was read, unless the queue or the controller stopped meanwhile."""
         with self._lock:
             if self._controller.sqs.get(sq.sqid) is sq and self._controller.runs:
-                hits = sq.advance(count)
-                parts = (entries[at : at + SQE_SIZE] for at in range(0, count * SQE_SIZE, SQE_SIZE))
-                return [(Command(self._controller, sq, part), hit) for part, hit in zip(parts, hits, strict=True)]
+                order, hits = sq.fetched, sq.advance(count)
+                return [
+                    (Command(self._controller, sq, entries[n * SQE_SIZE : (n + 1) * SQE_SIZE], order + n), hit)
+                    for n, hit in enumerate(hits)
+                ]
             sq.cq.release(count)
         self._leave(sq, count)
         return []
@@ -134,6 +153,41 @@ class Runner:
         with self._lock:
             after = self._activity.leave(sq, count)
         call(after)
+
+    def hold(self, command: Command, announce: Callback) -> None:
+        """Keep `command`, of which nothing is under way any more, to be tried again; it gives all else back.
+
+        `announce`, which must not wait, is called when it is kept and before a pause can end.
+        """
+        sq = command.sq
+        with self._lock:
+            fate = self._fate(command)
+            if fate is None:
+                command.completed = True
+                if not self._controller.registers.shutdown_status:  # a shutdown drops what is held
+                    sq.hold(HeldCommand(command.order, command.sqe))
+        if not command.stale:
+            announce()
+        if fate is not None:
+            command.complete(fate, dnr=fate is Status.COMMAND_ID_CONFLICT)
+            return
+        with self._lock:
+            sq.cq.release()
+            for sqid in sq.cq.sqs:  # they may have waited for room
+                self._controller.engine.kick(sqid)
+            after = self._activity.leave(sq)
+        call(after)
+
+    def _fate(self, command: Command) -> Status | None:
+        """Return the status of a command that cannot be held; a stale one completes without a trace."""
+        sq = command.sq
+        if command.stale:
+            return Status.INTERNAL_ERROR
+        if self._controller.sqs.get(sq.sqid) is not sq:
+            return Status.ABORTED_SQ_DELETION
+        if any(held.cid == command.cid for held in sq.held):
+            return Status.COMMAND_ID_CONFLICT  # and so there are never more than there are command ids
+        return None
 
     def park(self, command: Command) -> None:
         """Let an Asynchronous Event Request wait: it holds no permit and is not in flight any more."""

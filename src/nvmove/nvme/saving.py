@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nvmove.nvme.errors import StateError
-from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
 from nvmove.nvme.registers import Registers
 from nvmove.nvme.spec import (
     CC_WRITABLE,
@@ -25,11 +25,13 @@ from nvmove.nvme.spec import (
     ERROR_ENTRIES,
     HOST_BEHAVIOR_SIZE,
     MAX_NAMESPACES,
+    SQE_SIZE,
     EventType,
 )
 from nvmove.nvme.state import (
     CompletionQueueState,
     ControllerState,
+    HeldState,
     IdentityState,
     NamespaceState,
     SubmissionQueueState,
@@ -76,6 +78,9 @@ def save(controller: Controller) -> ControllerState:
         error_log=errors,
         changed_namespaces=changed,
         namespaces=[namespace.save() for namespace in controller.namespaces],
+        held=[
+            HeldState(sqid, held.aborted, held.sqe) for sqid, sq in sorted(controller.sqs.items()) for held in sq.held
+        ],
     )
 
 
@@ -120,6 +125,10 @@ def load(controller: Controller, state: ControllerState) -> None:
         sq = SubmissionQueue(sub.sqid, controller.cqs[sub.cqid], sub.address, sub.size, sub.priority)
         controller.create_sq(sq)
         sq.head, sq.tail, sq.aborted = sub.head, sub.tail, set(sub.aborted)
+    for held in state.held:
+        sq = controller.sqs[held.sqid]
+        sq.hold(HeldCommand(sq.fetched, held.sqe, ready=held.aborted, aborted=held.aborted))
+        sq.fetched += 1
     controller.events.load(state.events)
     controller.features.load(state.features)
     controller.logs.load(state.smart, state.error_log, state.changed_namespaces)
@@ -138,6 +147,7 @@ def check(controller: Controller, state: ControllerState) -> None:
     _check_identity(controller, state)
     _check_registers(controller, state)
     _check_queues(controller, state)
+    _check_held(state)
     _check_events(controller, state)
     _check_data(state)
     _check_namespaces(controller, state.namespaces)
@@ -236,6 +246,19 @@ def _check_ring(
     _range(f"{name}: tail", queue.tail, queue.size)
     _range(f"{name}: address", queue.address, U64)
     _require(queue.address % page == 0, f"{name}: address {queue.address:#x} is not aligned to a memory page")
+
+
+def _check_held(state: ControllerState) -> None:
+    sqids = [held.sqid for held in state.held]
+    _require(sqids == sorted(sqids), "held: the commands are not in the order of their queues")
+    for sqid in sorted(set(sqids) - {sq.sqid for sq in state.sqs}):
+        raise StateError(f"held: there is no submission queue {sqid}")
+    seen = {(0, cid) for cid in state.events.outstanding}
+    for held in state.held:
+        _require(len(held.sqe) == SQE_SIZE, f"held: an entry of {len(held.sqe)} bytes")
+        key = held.sqid, HeldCommand(0, held.sqe).cid
+        _require(key not in seen, f"held: command id {key[1]} of submission queue {key[0]} is there twice")
+        seen.add(key)
 
 
 def _check_events(controller: Controller, state: ControllerState) -> None:

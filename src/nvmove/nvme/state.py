@@ -38,6 +38,17 @@ class SubmissionQueueState:
 
 
 @dataclass(slots=True)
+class HeldState:
+    """A command that failed at the back end and is to be tried again."""
+
+    sqid: int
+    aborted: bool
+    """An Abort hit it: it completes as aborted instead."""
+    sqe: bytes
+    """The submission queue entry, 64 bytes; its data pointer is the guest's."""
+
+
+@dataclass(slots=True)
 class EventState:
     """An asynchronous event: type, information, log page."""
 
@@ -173,3 +184,5 @@ class ControllerState:
     """Newest first."""
     changed_namespaces: list[int]
     namespaces: list[NamespaceState]
+    held: list[HeldState]
+    """By queue, each in the order of submission."""

@@ -282,6 +282,7 @@ def _controller_from(tree: Tree) -> ControllerState:
         error_log=ours.error_log(tree),
         changed_namespaces=ours.changed_namespaces(tree),
         namespaces=ours.namespaces(tree),
+        held=ours.held(tree),
     )
 
 

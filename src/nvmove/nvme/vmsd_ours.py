@@ -15,6 +15,7 @@ from nvmove.nvme.state import (
     ControllerState,
     ErrorEntryState,
     FeaturesState,
+    HeldState,
     IdentityState,
     NamespaceState,
     SmartState,
@@ -33,6 +34,7 @@ ERROR_LOG = PREFIX + "error-log"
 CHANGED = PREFIX + "changed-namespaces"
 IRQ_STATUS = PREFIX + "irq-status"
 REQUESTS = PREFIX + "more-aers"
+HELD = PREFIX + "held"
 
 MAX_QUEUES = 1 << 16
 MAX_NAMESPACES = 256
@@ -43,6 +45,8 @@ MAX_ERRORS = 256
 """Entries of the Error Information log: ELPE is a byte (Base 5.17.2.1)."""
 MAX_AERS = 0xFF
 """QEMU counts outstanding AERs in a byte; with `aerl=255` there can be one more."""
+MAX_HELD = 1 << 24
+"""A bound on the count only: every queue can hold as many commands as there are command ids."""
 MAX_VECTORS = 2048
 """MSI-X vectors (PCI 3.0, 6.8.2.3)."""
 
@@ -81,6 +85,7 @@ NUMBER = _structure("nvme/nvmove/number", Int("value", 4))
 QUEUE = _structure(
     "nvme/nvmove/submission-queue", Int("sqid", 2), Int("priority", 1), Counted("aborted", NUMBER, MAX_QUEUES)
 )
+HELD_COMMAND = _structure("nvme/nvmove/held-command", Int("sqid", 2), Bool("aborted"), Buffer("sqe", 64))
 FEATURES_FIELDS: tuple[Field, ...] = (
     *(Int(name, 4) for name in ("arbitration", "power_management", "volatile_write_cache", "number_of_queues")),
     *(Int(name, 4) for name in ("interrupt_coalescing", "command_set_profile")),
@@ -141,6 +146,7 @@ EMPTY_ERRORS: Tree = {"entries": []}
 EMPTY_CHANGED: Tree = {"namespaces": []}
 NO_HIGH_VECTORS: Tree = {"high": b""}
 NO_MORE_AERS: Tree = {"cids": []}
+NONE_HELD: Tree = {"commands": []}
 DEFAULTS: dict[str, Tree] = {
     FEATURES: features_tree(FeaturesState()),
     SMART: smart_tree(SmartState()),
@@ -149,6 +155,7 @@ DEFAULTS: dict[str, Tree] = {
     CHANGED: EMPTY_CHANGED,
     IRQ_STATUS: NO_HIGH_VECTORS,
     REQUESTS: NO_MORE_AERS,
+    HELD: NONE_HELD,
 }
 """What an absent subsection stands for; those not listed are always there."""
 
@@ -168,6 +175,7 @@ SUBSECTIONS = (
     _subsection(CHANGED, Counted("namespaces", NUMBER, MAX_CHANGED)),
     _subsection(IRQ_STATUS, Blob("high", MAX_VECTORS // 8)),
     _subsection(REQUESTS, Counted("cids", NUMBER, MAX_QUEUES)),
+    _subsection(HELD, Counted("commands", HELD_COMMAND, MAX_HELD)),
 )
 
 
@@ -184,6 +192,7 @@ def to_subsections(state: ControllerState) -> Tree:
         CHANGED: {"namespaces": _numbers(state.changed_namespaces)},
         IRQ_STATUS: {"high": high.to_bytes((high.bit_length() + 7) // 8, "little")},
         REQUESTS: {"cids": _numbers(state.events.outstanding[MAX_AERS:])},
+        HELD: {"commands": [asdict(command) for command in state.held]},
     }
 
 
@@ -228,6 +237,11 @@ def more_aers(tree: Tree) -> list[int]:
     return _plain(tree[REQUESTS]["cids"])
 
 
+def held(tree: Tree) -> list[HeldState]:
+    """Return the commands that are to be tried again."""
+    return [HeldState(**command) for command in tree[HELD]["commands"]]
+
+
 def irq_status(tree: Tree) -> int:
     """Return the INTx status of all vectors; QEMU's field has the first 32."""
     return int(tree["irq_status"]) | int.from_bytes(tree[IRQ_STATUS]["high"], "little") << 32
@@ -245,3 +259,4 @@ def set_queue_extras(tree: Tree, queues: Sequence[SubmissionQueueState]) -> None
 
 assert {f.name for f in fields(NamespaceState)} == {f.name for f in NAMESPACE.fields}
 assert {f.name for f in fields(ErrorEntryState)} == {f.name for f in ERROR.fields}
+assert {f.name for f in fields(HeldState)} == {f.name for f in HELD_COMMAND.fields}

@@ -1,0 +1,84 @@
+"""A disk that fails on demand, and a host of a controller whose errors have a policy."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from nvmove.block.backend import Request
+from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
+from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.controller import Controller
+from tests.nvme_host import CONFIG, Completion, Disk, Host
+
+
+class FailingDisk(Disk):
+    """Fails what `fails` picks with `errno`; 512-byte blocks."""
+
+    def __init__(self, size: int = 1 << 20, hold: bool = False) -> None:
+        super().__init__(size, hold)
+        self.errno = errno.ENOSPC
+        self.fails: Callable[[Request], bool] = lambda _request: False
+        self.order: list[tuple[str, int]] = []
+        """What was tried: operation and block."""
+        self.recovered = 0
+
+    def fail_all(self, number: int = errno.ENOSPC) -> None:
+        self.errno, self.fails = number, lambda _request: True
+
+    def heal(self) -> None:
+        self.fails = lambda _request: False
+
+    def recover(self) -> None:
+        self.recovered += 1
+
+    def finish(self, count: int = 1 << 30) -> None:
+        with self._lock:
+            ready, self.held = self.held[:count], self.held[count:]
+        for request in ready:
+            self.order.append((request.operation.value, request.offset // 512))
+            if self.fails(request):
+                request.done(self.errno)
+            else:
+                self.perform(request)
+
+
+class PolicyHost(Host):
+    """A host whose drive d0 has the policies `errors`; what was reported is in `reports`."""
+
+    def __init__(
+        self,
+        disk: FailingDisk | None = None,
+        werror: ErrorPolicy = ErrorPolicy.STOP,
+        rerror: ErrorPolicy = ErrorPolicy.STOP,
+        config: ControllerConfig = CONFIG,
+        entries: int = 16,
+    ) -> None:
+        self.errors = DriveErrors(werror, rerror)
+        self.reports: list[ErrorReport] = []
+        self.failing = disk or FailingDisk()
+        super().__init__(disk=self.failing, config=config)
+        self.enable()
+        self.create(1, sq_size=entries, cq_size=entries)
+
+    def _new(self) -> Controller:
+        return Controller(
+            self.config,
+            {"d0": self.disk},
+            self.ram,
+            self.lines,
+            self.engine,
+            lambda: self.now,
+            errors={"d0": self.errors},
+            on_error=self.reports.append,
+        )
+
+    def try_again(self) -> None:
+        """The VM was stopped and runs again."""
+        assert self.controller.pause(0)
+        self.controller.resume()
+        self.drain()
+
+    def done(self, cqid: int = 1) -> list[Completion]:
+        self.drain()
+        return self.reap(cqid)
