@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from tests.failing import PolicyHost
-from tests.nvme_host import DATA, Host
+from tests.nvme_host import DATA, Completion, Host
 
 from nvmove.block.backend import Operation
 from nvmove.block.policy import Action, ErrorPolicy, ErrorReport
