@@ -244,7 +244,11 @@ def test_json_has_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("nvme1", "nvmove", True),
     ]
     state = shown["devices"][0]["state"]
-    assert state.keys() >= to_tree(busy()).keys() - {"nvme/nvmove/irq-status", "nvme/nvmove/more-aers"}
+    assert state.keys() >= to_tree(busy()).keys() - {
+        "nvme/nvmove/irq-status",
+        "nvme/nvmove/more-aers",
+        "nvme/nvmove/held",
+    }
     assert state["nvme/nvmove/namespaces"]["namespaces"][0]["uuid"] == bytes(range(1, 17)).hex()
 
 
