@@ -29,6 +29,9 @@ class DriveUse:
     share_rw: bool
     write_cache: str
     """`on`, `off`, or `auto`: as the drive's own cache mode says."""
+    werror: str = "auto"
+    rerror: str = "auto"
+    """What is done about the drive's errors; `auto`: as the drive says."""
 
 
 @dataclass(slots=True)
@@ -87,7 +90,8 @@ def parse_controllers(devices: Iterable[Option], firmware: str = "") -> list[Par
         if drive in used:
             raise option.error(f"Drive '{drive}' is already in use by another device")
         used.add(drive)
-        owner.drives.append(DriveUse(drive, option, values.switch("share-rw"), values.text("write-cache")))
+        cache, actions = values.text("write-cache"), (values.text("werror"), values.text("rerror"))
+        owner.drives.append(DriveUse(drive, option, values.switch("share-rw"), cache, *actions))
     return controllers
 
 

@@ -14,9 +14,8 @@ from nvmove.block.config import CACHE_MODES, DriveConfig, OpenOptions
 from nvmove.options import syntax
 from nvmove.options.syntax import Option
 
-WERROR_NOW = frozenset({"report", "enospc"})
-RERROR_NOW = frozenset({"report"})
-"""The error actions that can be had now; enospc acts as report as long as nothing is held (issue 3)."""
+DEFAULT_WERROR, DEFAULT_RERROR = "enospc", "report"
+"""What `auto` means: QEMU's BlockBackend has these."""
 
 _ACTIONS = ("report", "ignore", "enospc", "stop")
 _BACKEND_ONLY = ("throttling.", "stats-", "bps", "iops", "group")
@@ -140,12 +139,18 @@ def error_actions(option: Option) -> tuple[Any, Any]:
         raise option.error(f"'{werror}' invalid write error action")
     if rerror not in (*_ACTIONS, "auto") or rerror == "enospc":
         raise option.error(f"'{rerror}' invalid read error action")
-    werror = "enospc" if werror == "auto" else werror
-    rerror = "report" if rerror == "auto" else rerror
-    for name, value, now in (("werror", werror, WERROR_NOW), ("rerror", rerror, RERROR_NOW)):
-        if value not in now:
-            raise option.error(f"{name}={value} is not supported yet")
-    return werror, rerror
+    return resolve(werror, DEFAULT_WERROR), resolve(rerror, DEFAULT_RERROR)
+
+
+def resolve(value: str, default: str) -> str:
+    """Return an error action; `auto` is `default`."""
+    return default if value == "auto" else value
+
+
+def with_device_actions(config: DriveConfig, werror: str, rerror: str) -> DriveConfig:
+    """Return a drive with the actions that its device says (`-device nvme,werror=…`): they win, `auto` says nothing."""
+    given = {"werror": resolve(werror, config.werror), "rerror": resolve(rerror, config.rerror)}
+    return msgspec.structs.replace(config, **given)
 
 
 def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[str]) -> Drive:

@@ -1,6 +1,6 @@
 """Every property of QEMU 11.1's `-device nvme` and `-device nvme-ns`: its type, and what nvmove does with it.
 
-The list is that of `qemu-system-x86_64 -device nvme,help`; a test compares it with the sysroot's QEMU.
+The list is that of `qemu-system-x86_64 -device nvme,help`; a test compares it with the sysroot's QEMU. `OWN` come on top.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Kind(enum.Enum):
     INT32 = "int32"
     UINT64 = "uint64"
     SIZE = "size"
+    ON_ERROR = "BlockdevOnError"
 
 
 class Property(NamedTuple):
@@ -47,7 +48,16 @@ _T, _B, _A, _SZ = Kind.TEXT, Kind.BOOL, Kind.AUTO, Kind.SIZE
 _8, _16, _32, _64 = Kind.UINT8, Kind.UINT16, Kind.UINT32, Kind.UINT64
 _D, _P = Use.DEFAULT, Use.PCI
 
+OWN: Mapping[str, Property] = {
+    # QEMU's nvme has no such properties, but its virtio-blk and scsi-hd have them
+    "werror": Property(Kind.ON_ERROR, default="auto"),
+    "rerror": Property(Kind.ON_ERROR, default="auto"),
+}
+
+_ON_ERROR = ("report", "ignore", "enospc", "stop", "auto")
+
 _BLOCK: Mapping[str, Property] = {
+    **OWN,
     "drive": Property(_T),
     "logical_block_size": Property(_SZ, default=0),
     "physical_block_size": Property(_SZ, default=0),
@@ -217,8 +227,19 @@ class Values:
             return syntax.signed(option, name, 0)
         if known.kind is Kind.AUTO:
             return syntax.on_off_auto(option, name)
+        if known.kind is Kind.ON_ERROR:
+            return _on_error(option, name)
         if known.kind is Kind.TEXT:
             if option.is_json and name == "addr" and isinstance(option.values[name], int):
                 return int(option.values[name])  # a PCI address may be a number there
             return option.get(name)
         return syntax.integer(option, name, 0, _BITS[known.kind])
+
+
+def _on_error(option: Option, name: str) -> str:
+    value = option.get(name)
+    if value not in _ON_ERROR:
+        raise option.error(f"Parameter '{name}' does not accept value '{value}'")
+    if name == "rerror" and value == "enospc":
+        raise option.error(f"'{value}' invalid read error action")  # as -drive says: no read needs room
+    return value

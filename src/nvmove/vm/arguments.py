@@ -147,9 +147,8 @@ class _Lifting:
                     raise use.option.error(f"Property '{driver}.drive' can't find value '{use.name}'")
                 cached = {"on": True, "off": False, "auto": drive.config.options.writeback}[use.write_cache]
                 options = msgspec.structs.replace(drive.config.options, share_rw=use.share_rw, writeback=cached)
-                found[use.name] = msgspec.structs.replace(
-                    drive, config=msgspec.structs.replace(drive.config, options=options)
-                )
+                config = drive_options.with_device_actions(drive.config, use.werror, use.rerror)
+                found[use.name] = msgspec.structs.replace(drive, config=msgspec.structs.replace(config, options=options))
         self._refuse_other_users(found)
         return found
 

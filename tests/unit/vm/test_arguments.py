@@ -234,7 +234,8 @@ def test_monitor_objects_are_monitors() -> None:
         (f"{RAW} {NVME} -device blk,drive=d0", "-device blk,drive=d0: Drive 'd0' is already in use by another device"),
         (f"{RAW},rerror=enospc {NVME}", f"{RAW},rerror=enospc: 'enospc' invalid read error action"),
         (f"{RAW},werror=foo {NVME}", f"{RAW},werror=foo: 'foo' invalid write error action"),
-        (f"{RAW},werror=stop {NVME}", f"{RAW},werror=stop: werror=stop is not supported yet"),
+        (f"{RAW} {NVME},werror=foo", f"{NVME},werror=foo: Parameter 'werror' does not accept value 'foo'"),
+        (f"{RAW} {NVME},rerror=enospc", f"{NVME},rerror=enospc: 'enospc' invalid read error action"),
         (f"{RAW},cache=foo {NVME}", f"{RAW},cache=foo: invalid cache option"),
         (f"{RAW} {NVME} -incoming tcp:0:1", "-incoming: not supported yet"),
         (f"{RAW} {NVME} -serial stdio -monitor stdio", "-serial stdio: cannot use stdio by multiple character devices"),
@@ -385,3 +386,32 @@ def test_no_program_is_a_usage_error() -> None:
     with pytest.raises(UserError) as raised:
         arguments.lift([], RUN)
     assert raised.value.status == 2
+
+
+@pytest.mark.parametrize(
+    ("drive", "device", "actions"),
+    [
+        ("", "", ("enospc", "report")),
+        (",werror=auto,rerror=auto", ",werror=auto,rerror=auto", ("enospc", "report")),
+        (",werror=stop,rerror=stop", "", ("stop", "stop")),
+        ("", ",werror=ignore,rerror=ignore", ("ignore", "ignore")),
+        (",werror=ignore,rerror=stop", ",werror=enospc,rerror=report", ("enospc", "report")),
+        (",werror=report", ",rerror=stop", ("report", "stop")),
+    ],
+)
+def test_the_devices_error_actions_win_over_the_drives(drive: str, device: str, actions: tuple[str, str]) -> None:
+    for image in (RAW, QCOW2):
+        plan = lift(f"{image}{drive} {NVME}{device}")
+        assert (plan.drives[0].config.werror, plan.drives[0].config.rerror) == actions
+        assert not any("error=" in word for word in plan.arguments), "QEMU's device in its place knows none"
+
+
+def test_a_blockdev_has_its_error_actions_from_the_namespace() -> None:
+    blockdev = "-blockdev driver=file,filename=a.img,node-name=n0"
+    plan = lift(f"{blockdev} -device nvme,serial=1,id=c -device nvme-ns,bus=c,drive=n0,werror=stop,rerror=stop")
+    assert (plan.drives[0].config.werror, plan.drives[0].config.rerror) == ("stop", "stop")
+
+
+def test_error_actions_may_be_global_or_set() -> None:
+    assert lift(f"{RAW} {NVME} -global nvme.werror=stop").drives[0].config.werror == "stop"
+    assert lift(f"{RAW} {NVME},id=n -set device.n.rerror=stop").drives[0].config.rerror == "stop"
