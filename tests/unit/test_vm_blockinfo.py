@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nvmove.block.config import DriveConfig, OpenOptions
+from nvmove.block.policy import ErrorPolicy
 from nvmove.block.raw import open_raw
 from nvmove.vm import blockinfo
 from nvmove.vm.blockinfo import ServedDrive
@@ -86,7 +87,46 @@ def test_query_block_names_the_device_and_adds_raw_drives(exported: ServedDrive,
         {"device": "cd0", "removable": True, "tray_open": False},
     ]
     answer = blockinfo.complete(qemu, [exported, raw])
-    assert answer[0] == {"device": "d0", "removable": False, "inserted": {"node-name": "#block240"}, "qdev": "nv0"}
+    exported_info = {"device": "d0", "removable": False, "inserted": {"node-name": "#block240"}, "qdev": "nv0"}
+    assert answer[0] == {"io-status": "ok", **exported_info}
+    assert next(iter(answer[2])) == "io-status", "the order is QEMU's"
     assert answer[1] == qemu[1]
     assert (answer[2]["device"], answer[2]["qdev"]) == ("d1", "nv1")
     assert answer[2]["inserted"]["image"]["virtual-size"] == 64 << 20
+
+
+def test_an_io_status_that_is_not_ok_is_printed_as_qemu_prints_it(exported: ServedDrive, raw: ServedDrive) -> None:
+    exported.io.fail(is_no_space=True)
+    raw.io.fail(is_no_space=False)
+    lines = blockinfo.complete_text(QEMU_TEXT, [exported, raw], None, verbose=False).split("\r\n")
+    assert lines[1:4] == [
+        "    Attached to:      nv0",
+        "    I/O status:       nospace",
+        "    Cache mode:       writeback",
+    ]
+    assert lines[-4:-1] == [
+        "    Attached to:      nv1",
+        "    I/O status:       failed",
+        "    Cache mode:       writeback",
+    ]
+
+
+def test_the_first_error_sticks_until_the_vm_runs_again(raw: ServedDrive) -> None:
+    raw.io.fail(is_no_space=True)
+    raw.io.fail(is_no_space=False)
+    assert blockinfo.entry(raw)["io-status"] == "nospace"
+    raw.io.reset()
+    assert blockinfo.entry(raw)["io-status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("werror", "rerror", "shown"),
+    [("report", "report", False), ("ignore", "ignore", False), ("enospc", "report", True), ("report", "stop", True)],
+)
+def test_there_is_an_io_status_where_an_error_may_stop_the_vm(
+    raw: ServedDrive, werror: str, rerror: str, shown: bool
+) -> None:
+    raw.io.errors.werror, raw.io.errors.rerror = ErrorPolicy(werror), ErrorPolicy(rerror)
+    raw.io.fail(is_no_space=True)
+    assert ("io-status" in blockinfo.entry(raw)) == shown
+    assert ("nospace" in blockinfo.complete_text("", [raw], None, verbose=False)) == shown

@@ -1,6 +1,7 @@
 """Every property of QEMU 11.1's `-device nvme` and `-device nvme-ns`: its type, and what nvmove does with it.
 
-The list is that of `qemu-system-x86_64 -device nvme,help`; a test compares it with the sysroot's QEMU. `OWN` come on top.
+The list is that of `qemu-system-x86_64 -device nvme,help`; a test compares it with the sysroot's QEMU.
+`OWN` come on top.
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ class _Lifting:
                 cached = {"on": True, "off": False, "auto": drive.config.options.writeback}[use.write_cache]
                 options = msgspec.structs.replace(drive.config.options, share_rw=use.share_rw, writeback=cached)
                 config = drive_options.with_device_actions(drive.config, use.werror, use.rerror)
-                found[use.name] = msgspec.structs.replace(drive, config=msgspec.structs.replace(config, options=options))
+                found[use.name] = msgspec.structs.replace(
+                    drive, config=msgspec.structs.replace(config, options=options)
+                )
         self._refuse_other_users(found)
         return found
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nvmove.block.backend import Backend
 from nvmove.block.config import DriveConfig
+from nvmove.vm.iostatus import OK, IoStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,21 @@ class ServedDrive:
     backend: Backend
     in_qemu: bool
     """Whether the image is QEMU's (and exported to us) or opened by nvmove itself."""
+    io: IoStatus = field(default_factory=IoStatus)
 
     @property
     def label(self) -> str:
         """What HMP calls it."""
         return self.name or self.node
+
+
+def _io_status(drive: ServedDrive) -> dict[str, str]:
+    return {"io-status": drive.io.value} if drive.io.is_shown else {}
+
+
+def _io_status_lines(info: Mapping[str, Any]) -> list[str]:
+    status = info.get("io-status", OK)
+    return [f"    I/O status:       {status}"] if status != OK else []
 
 
 def _limits(drive: ServedDrive) -> dict[str, int]:
@@ -54,6 +65,7 @@ def entry(drive: ServedDrive) -> dict[str, Any]:
     options = drive.config.options
     path = drive.config.file
     return {
+        **_io_status(drive),
         "device": drive.name,
         "locked": False,
         "removable": False,
@@ -100,7 +112,7 @@ def complete(answer: list[dict[str, Any]], drives: Sequence[ServedDrive]) -> lis
             result.append(info)
         else:
             kept = {key: value for key, value in info.items() if key != "tray_open"}
-            result.append({**kept, "removable": False, "qdev": drive.qdev})
+            result.append({**_io_status(drive), **kept, "removable": False, "qdev": drive.qdev})
     return result + [entry(drive) for drive in drives if not drive.in_qemu]
 
 
@@ -126,8 +138,7 @@ def paragraph(info: dict[str, Any], verbose: bool) -> list[str]:
         inserted["drv"] + (", read-only" if inserted["ro"] else "") + (", encrypted" if inserted["encrypted"] else "")
     )
     lines = [f"{title}: {inserted['file']} ({kind})", f"    Attached to:      {info['qdev']}"]
-    if info.get("io-status", "ok") != "ok":
-        lines.append(f"    I/O status:       {info['io-status']}")
+    lines += _io_status_lines(info)
     lines.append(f"    Cache mode:       {_cache_mode(inserted['cache'])}")
     if inserted["detect_zeroes"] != "off":
         lines.append(f"    Detect zeroes:    {inserted['detect_zeroes']}")
@@ -154,14 +165,14 @@ def complete_text(text: str, drives: Sequence[ServedDrive], only: str | None, ve
     attached = {}
     for drive in drives:
         if drive.in_qemu:
-            attached[drive.label] = drive.qdev
+            attached[drive.label] = drive
     lines = []
-    qdev: str | None = None
+    shown: ServedDrive | None = None
     for line in text.splitlines():
         if line and not line.startswith(" "):
-            qdev = attached.get(line.partition(":")[0].partition(" (")[0])
-        if qdev is not None and line.startswith("    Removable device:"):
-            lines.append(f"    Attached to:      {qdev}")
+            shown = attached.get(line.partition(":")[0].partition(" (")[0])
+        if shown is not None and line.startswith("    Removable device:"):
+            lines += [f"    Attached to:      {shown.qdev}", *_io_status_lines(_io_status(shown))]
         else:
             lines.append(line)
     for drive in drives:

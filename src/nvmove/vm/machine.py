@@ -18,6 +18,7 @@ from qemu.qmp.protocol import ConnectError
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.late import LateBackend
+from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.block.raw import RawBackend, open_raw
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
@@ -27,6 +28,8 @@ from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
+from nvmove.vm.ioerrors import IoErrors
+from nvmove.vm.iostatus import IoStatus
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.plan import Plan, PlannedDrive
@@ -48,6 +51,9 @@ class _Drive:
     plan: PlannedDrive
     backend: FaultyBackend
     late: LateBackend | None
+    io: IoStatus
+    node: str
+    """PlannedDrive.node, when it is known."""
 
 
 class Machine:
@@ -128,13 +134,16 @@ class Machine:
             late = LateBackend() if plan.in_qemu else None
             image: Backend = late or open_raw(plan.config.file, options=plan.config.options)
             backend = FaultyBackend(image, self._faults, plan.names)
-            self._drives[plan.key] = _Drive(plan, backend, late)
+            errors = DriveErrors(ErrorPolicy(plan.config.werror), ErrorPolicy(plan.config.rerror))
+            self._drives[plan.key] = _Drive(plan, backend, late, IoStatus(errors), plan.node)
             self._cleanup.push_async_callback(asyncio.to_thread, backend.close)
 
     async def _start_devices(self, bus: VMStateBus) -> None:
         backends = {key: drive.backend for key, drive in self._drives.items()}
+        errors = {key: drive.io.errors for key, drive in self._drives.items()}
+        self._io_errors = IoErrors()
         for plan in self._plan.devices:
-            device = NvmeDevice(plan.config, backends, id=plan.id)
+            device = NvmeDevice(plan.config, backends, id=plan.id, errors=errors, on_error=self._io_errors.report)
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
@@ -160,11 +169,13 @@ class Machine:
         facade = Facade(client)
         runstate = RunState(facade, self._devices)
         exports = await self._connect_exports(facade)
-        served = [self._served(drive) for drive in self._drives.values()]
+        by_key = {key: self._served(drive) for key, drive in self._drives.items()}
+        served = list(by_key.values())
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
         Handlers(facade, runstate, snapshots, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
+        self._io_errors.connect(facade, runstate, by_key)
         FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
         if self._plan.loadvm is not None:
@@ -175,10 +186,9 @@ class Machine:
 
     async def _connect_exports(self, facade: Facade) -> dict[str, Export]:
         late = {key: drive for key, drive in self._drives.items() if drive.late is not None}
-        exports = [
-            Export(key, await _node(facade, drive.plan), not drive.plan.config.options.read_only)
-            for key, drive in late.items()
-        ]
+        for drive in late.values():
+            drive.node = await _node(facade, drive.plan)
+        exports = [Export(key, drive.node, not drive.plan.config.options.read_only) for key, drive in late.items()]
         try:
             opened = await open_exports(facade, self._run_directory / "nbd", exports)
         except QmpError as error:
@@ -207,7 +217,7 @@ class Machine:
 
     def _served(self, drive: _Drive) -> ServedDrive:
         plan = drive.plan
-        return ServedDrive(plan.name, plan.node, plan.device, plan.config, drive.backend, plan.in_qemu)
+        return ServedDrive(plan.name, drive.node, plan.device, plan.config, drive.backend, plan.in_qemu, drive.io)
 
     async def _load(self, snapshots: Snapshots, tag: str) -> None:
         """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""

@@ -1,14 +1,22 @@
 """The devices follow the VM's run state: they pause when the VM stops and resume when it runs, whoever caused it.
 
 QEMU tells a vfio-user device nothing of this (facts: it sends nothing at VM stop), so its STOP and RESUME events do.
+
+The other way round, a device that holds a failed request stops the VM. That takes a while, and the VM may be stopped,
+started, saved or loaded meanwhile. When the devices resume they retry all that they hold: until then a stop is wanted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
+
+from nvmove.vm.monitor import QemuGone, QmpError
+
+log = logging.getLogger(__name__)
 
 
 class Paused(Protocol):
@@ -38,6 +46,12 @@ class RunState:
         # A pause takes a thread and time. Whatever follows waits for its turn (asyncio's locks are fair), so that a
         # pause of an earlier STOP can never come after the resume of a later RESUME.
         self._turn = asyncio.Lock()
+        self.io_error = False
+        """The VM is stopped because a device holds failed requests: QEMU's run state io-error."""
+        self.before_resume: list[Callable[[], None]] = []
+        """Called before the devices resume."""
+        self._stop_wanted = False
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def pause_devices(self) -> None:
         """Pause every device; on return nothing of theirs is in flight."""
@@ -47,12 +61,16 @@ class RunState:
     async def resume_devices(self) -> None:
         """Resume every device."""
         async with self._turn:
+            self._stop_wanted = False
+            for call in self.before_resume:
+                call()
             for device in self._devices:
                 await asyncio.to_thread(device.resume)  # it may have to connect to its disks again
 
     async def follow(self, event: str) -> None:
         """Take QEMU's STOP or RESUME event."""
         if event == "RESUME":
+            self.io_error = False
             await self.resume_devices()
         elif event == "STOP":
             await self.pause_devices()
@@ -64,9 +82,58 @@ class RunState:
             await self.pause_devices()
 
     async def cont(self) -> None:
-        """Start the VM as QMP `cont` does; its RESUME event resumes the devices."""
+        """Start the VM as QMP `cont` does; its RESUME event resumes the devices, and they have when this returns."""
         async with self.lock:
             await self._monitor.execute("cont")
+            await self._settle()
+
+    async def _settle(self) -> None:
+        """Wait for what the events so far have begun."""
+        async with self._turn:
+            pass
+
+    # --- I/O errors --------------------------------------------------------------------------------------------------
+
+    def stop_for_error(self) -> None:
+        """A device holds a failed request: stop the VM, once however many there are."""
+        if self._stop_wanted:
+            return
+        self._stop_wanted = True
+        task = asyncio.ensure_future(self._stop_for_error())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _stop_for_error(self) -> None:
+        async with self.lock:
+            try:
+                status = await self._monitor.execute("query-status")
+                await self._settle()
+                if not self._stop_wanted:
+                    return  # the devices have resumed since, and retried
+                self._stop_wanted = False
+                if status["running"]:
+                    self.io_error = True  # before the STOP event: a client may ask at once
+                    await self._monitor.execute("stop")
+                await self.pause_devices()
+            except (QemuGone, QmpError) as error:
+                log.debug("the VM was not stopped for an I/O error: %s", error)
+
+    def forget_errors(self) -> None:
+        """The devices hold other requests than those they wanted to stop for: a state was loaded."""
+        self._stop_wanted = False
+
+    async def let_go(self, held: Held) -> None:
+        """Let the VM run on after an operation, unless it is to stop for an error; the caller holds `lock`."""
+        if not held.run_on:
+            return
+        if self._stop_wanted:
+            self._stop_wanted = False
+            self.io_error = True
+            return
+        await self._monitor.execute("cont")
+        await self._settle()
+
+    # --- operations on a stopped VM ----------------------------------------------------------------------------------
 
     async def hold(self) -> bool:
         """Stop the VM and its devices for an operation; return whether it ran. The caller holds `lock`."""
@@ -85,8 +152,7 @@ class RunState:
             try:
                 yield held
             finally:
-                if held.run_on:
-                    await self._monitor.execute("cont")
+                await self.let_go(held)
 
 
 class Held:

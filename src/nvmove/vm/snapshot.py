@@ -124,6 +124,7 @@ class Snapshots:
             if not_loaded:
                 held.run_on = False
                 raise SnapshotError(f"The snapshot holds no state of the nvmove device '{not_loaded[0]}'")
+            self._runstate.forget_errors()
             await self.after_load()
         elif self._marks() != mark:
             held.run_on = False
@@ -174,8 +175,7 @@ class Snapshots:
 
     async def _let_go(self, held: Held) -> None:
         try:
-            if held.run_on:
-                await self._monitor.execute("cont")
+            await self._runstate.let_go(held)
         finally:
             self._runstate.lock.release()
 
