@@ -1,0 +1,270 @@
+"""A disk that fills up or breaks pauses the VM; when it is mended the guest goes on, and has seen a slow disk only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvmove.lab.fio import Fio, disk_complaints
+from nvmove.lab.leftovers import Surroundings
+from nvmove.lab.machine import Machine
+from nvmove.lab.qmp import QmpError
+from nvmove.lab.sysroot import Sysroot
+from tests.guest.conftest import MachineFactory, assert_nothing_left, disk, make_image, savevm
+
+FIO = Fio("full", blocks=2048, iodepth=32)
+"""8 MiB of writes."""
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a small filesystem is mounted")
+
+
+class SmallDisk:
+    """A filesystem in memory that is too small for what is to come."""
+
+    def __init__(self, path: Path, mebibytes: float) -> None:
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", self._size(mebibytes), "nvmove-test", str(path)], check=True)
+
+    def make_room(self, mebibytes: float) -> None:
+        subprocess.run(["mount", "-o", f"remount,{self._size(mebibytes)}", str(self.path)], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", "-l", str(self.path)], check=True)
+
+    @staticmethod
+    def _size(mebibytes: float) -> str:
+        return f"size={int(mebibytes * 1024)}k"
+
+
+@pytest.fixture
+def small(work: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(work / "small", 4)
+    try:
+        yield disk
+    finally:
+        disk.unmount()
+
+
+def io_status(machine: Machine, name: str = "d0") -> str:
+    (found,) = (info for info in machine.qmp.execute("query-block") if info["device"] == name)
+    return str(found["io-status"])
+
+
+def wait_pause(machine: Machine, device: str = "nvmove0") -> dict[str, Any]:
+    """Wait until an error has stopped the VM, with QEMU's events in QEMU's order; return the first error's data."""
+    error = machine.qmp.wait_event("BLOCK_IO_ERROR")
+    assert error["data"]["action"] == "stop"
+    later = machine.qmp.wait_event("BLOCK_IO_ERROR", "STOP", "RESUME")
+    while later["event"] == "BLOCK_IO_ERROR":
+        later = machine.qmp.wait_event("BLOCK_IO_ERROR", "STOP", "RESUME")
+    assert later["event"] == "STOP"
+    assert machine.qmp.execute("query-status") == {"status": "io-error", "running": False}
+    machine.qmp.execute("qom-get", {"path": error["data"]["qom-path"], "property": "type"})
+    data: dict[str, Any] = error["data"]
+    return data
+
+
+def wait_full(machine: Machine) -> None:
+    """Wait for the pause that a full disk causes."""
+    error = wait_pause(machine)
+    assert (error["operation"], error["nospace"], error["reason"]) == ("write", True, "No space left on device")
+    assert error["device"] == "d0"
+    assert io_status(machine) == "nospace"
+
+
+def cont(machine: Machine) -> None:
+    machine.qmp.execute("cont")
+    machine.qmp.wait_event("RESUME")
+
+
+def finish(machine: Machine, fio: Fio = FIO) -> None:
+    """fio ends and verifies; the guest has noticed nothing."""
+    fio.wait(machine.console)
+    assert disk_complaints(machine.console) == []
+    assert machine.qmp.status == "running"
+    assert io_status(machine) == "ok"
+
+
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_a_full_disk_pauses_the_vm_and_room_lets_it_go_on(
+    machine: Machine, tree: Sysroot, work: Path, small: SmallDisk, kind: str
+) -> None:
+    image = make_image(tree, small.path / f"d0.{kind}")
+    before = Surroundings.look(work)
+    machine.boot(["-M", "q35", *disk(image)])
+    assert io_status(machine) == "ok"
+    FIO.start(machine.console)
+    wait_full(machine)
+    assert "I/O status:       nospace" in machine.qmp.hmp("info block d0")
+    assert machine.qmp.hmp("info status") == "VM status: paused (io-error)\n"
+
+    cont(machine)  # without room: held again, paused again
+    wait_full(machine)
+    machine.qmp.execute("stop")
+    assert machine.qmp.status == "io-error"
+
+    small.make_room(64)
+    cont(machine)
+    finish(machine)
+    assert "I/O status" not in machine.qmp.hmp("info block d0")
+    assert machine.quit() == 0
+    assert_nothing_left(machine, before, but=("size=65536k 0 0",))  # the mount is ours
+
+
+def test_ten_pauses_in_a_row_lose_nothing(machine: Machine, tree: Sysroot, small: SmallDisk) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, small.path / "d0.raw"), drive="werror=stop")])
+    FIO.start(machine.console)
+    for pause in range(1, 11):
+        wait_full(machine)
+        small.make_room(4 + pause / 4 if pause < 10 else 64)
+        cont(machine)
+    finish(machine)
+    assert machine.quit() == 0
+
+
+def test_after_a_pause_of_a_minute_the_guest_has_no_timeout(machine: Machine, tree: Sysroot, small: SmallDisk) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, small.path / "d0.raw"))])
+    FIO.start(machine.console)
+    wait_full(machine)
+    time.sleep(60)  # longer than the 30 s that Linux gives a command
+    small.make_room(64)
+    cont(machine)
+    finish(machine)
+    assert machine.quit() == 0
+
+
+def test_a_vm_saved_while_its_disk_is_full_goes_on_elsewhere(
+    machines: MachineFactory, tree: Sysroot, small: SmallDisk
+) -> None:
+    # The state goes to a disk that has room: QEMU puts it into the first one that can have it.
+    state = make_image(tree, small.path.parent / "state.qcow2")
+    image = make_image(tree, small.path / "d0.qcow2")
+    arguments = ["-M", "q35", *disk(state, "s0"), *disk(image)]
+    fio = Fio("full", device="/dev/nvme1n1", blocks=2048, iodepth=32)
+    first = machines("first")
+    first.boot(arguments)
+    fio.start(first.console)
+    wait_full(first)
+    small.make_room(4.25)  # the snapshot's own metadata
+    savevm(first, "t1")
+    assert first.qmp.execute("query-status") == {"status": "io-error", "running": False}
+    assert io_status(first) == "nospace"
+    first.kill()
+
+    second = machines("second")
+    second.start([*arguments, "-S", "-loadvm", "t1"])
+    assert second.qmp.execute("query-status")["running"] is False
+    small.make_room(64)
+    cont(second)
+    finish(second, fio)
+    assert second.quit() == 0
+
+
+def test_a_loadvm_tries_held_requests_again_at_once_as_qemu_does(
+    machines: MachineFactory, tree: Sysroot, small: SmallDisk
+) -> None:
+    state = make_image(tree, small.path.parent / "state.qcow2")
+    arguments = ["-M", "q35", *disk(state, "s0"), *disk(make_image(tree, small.path / "d0.qcow2"))]
+    fio = Fio("full", device="/dev/nvme1n1", blocks=2048, iodepth=32)
+    first = machines("first")
+    first.boot(arguments)
+    fio.start(first.console)
+    wait_full(first)
+    small.make_room(4.25)
+    savevm(first, "t1")
+    assert first.qmp.hmp("loadvm t1") == ""
+    assert first.qmp.status == "io-error", "a VM that was stopped stays so"
+    first.kill()
+
+    second = machines("second")
+    second.start([*arguments, "-loadvm", "t1"])
+    deadline = time.monotonic() + 60
+    while second.qmp.status != "io-error":
+        assert time.monotonic() < deadline
+    second.qmp.events.clear()
+    small.make_room(64)
+    cont(second)
+    finish(second, fio)
+    assert second.quit() == 0
+
+
+def test_system_reset_while_requests_are_held_drops_them_and_the_guest_boots(
+    machine: Machine, tree: Sysroot, small: SmallDisk
+) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, small.path / "d0.raw"))])
+    FIO.start(machine.console)
+    wait_full(machine)
+    machine.qmp.execute("system_reset")
+    cont(machine)
+    machine.console.wait_boot()
+    assert (machine.qmp.status, io_status(machine)) == ("running", "ok")
+    small.make_room(64)
+    FIO.run(machine.console)
+    finish(machine)
+    assert machine.quit() == 0
+
+
+def fault(machine: Machine, **rule: Any) -> int:
+    return int(machine.qmp.execute("nvmove-fault-add", rule)["id"])
+
+
+def test_a_read_error_pauses_where_rerror_says_so(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"), device="rerror=stop")])
+    rule = fault(machine, op="read", lba=1000, errno="EIO")
+    out = "/tmp/read"
+    machine.console.check(
+        f"((dd if=/dev/nvme0n1 of={out} bs=512 iflag=direct skip=1000 count=1; echo $? >{out}.status) 2>&1 &)"
+    )
+    error = wait_pause(machine)
+    assert (error["operation"], error["nospace"], error["reason"]) == ("read", False, "Input/output error")
+    assert io_status(machine) == "failed"
+    machine.qmp.execute("nvmove-fault-remove", {"id": rule})
+    cont(machine)
+    machine.console.check(f"while [ ! -e {out}.status ]; do sleep 0.1; done", timeout=60)
+    assert machine.console.check(f"cat {out}.status") == "0"
+    assert disk_complaints(machine.console) == []
+    assert machine.quit() == 0
+
+
+def test_policies_change_while_the_vm_runs(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.raw"), drive="werror=report")])
+    console, qmp = machine.console, machine.qmp
+    write = "dd if=/dev/zero of=/dev/nvme0n1 bs=4096 oflag=direct count=1"
+    rule = fault(machine, op="write", errno="ENOSPC")
+
+    assert console.run(write).status != 0
+    error = qmp.wait_event("BLOCK_IO_ERROR")["data"]
+    assert (error["action"], "nospace" in error) == ("report", False)
+    assert (qmp.status, disk_complaints(console) != []) == ("running", True)
+    (info,) = qmp.execute("query-block")
+    assert "io-status" not in info
+
+    assert qmp.execute("nvmove-set-error-policy", {"device": "d0", "werror": "ignore"}) == {}
+    assert console.run(write).status == 0
+    assert qmp.wait_event("BLOCK_IO_ERROR")["data"]["action"] in {"report", "ignore"}
+    assert qmp.status == "running"
+
+    assert qmp.execute("nvmove-set-error-policy", {"device": "d0", "werror": "stop"}) == {}
+    console.check(f"(({write}; echo $? >/tmp/w.status) 2>&1 &)")
+    while qmp.status == "running":
+        time.sleep(0.05)
+    assert (qmp.status, io_status(machine)) == ("io-error", "nospace")
+    # what is held is tried again by the policy of then
+    assert qmp.execute("nvmove-set-error-policy", {"device": "d0", "werror": "report"}) == {}
+    qmp.execute("cont")
+    console.check("while [ ! -e /tmp/w.status ]; do sleep 0.1; done", timeout=60)
+    assert console.check("cat /tmp/w.status") != "0"
+    assert qmp.status == "running"
+
+    with pytest.raises(QmpError, match="nvmove serves no drive 'd9'"):
+        qmp.execute("nvmove-set-error-policy", {"device": "d9", "werror": "stop"})
+    qmp.execute("nvmove-fault-remove", {"id": rule})
+    assert console.run(write).status == 0
+    assert machine.quit() == 0
