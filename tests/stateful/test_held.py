@@ -1,0 +1,253 @@
+"""Disks that fail, against a model of what a host may expect.
+
+Whatever the sequence of failures, policies, resume, save → new controller → load, abort, queue deletion and reset:
+every command completes exactly once with a status it may have, or is dropped by a reset or its queue's deletion; data
+that was acknowledged is on the disk; and a command is on its way, held, or over, never lost between.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.failing import FailingDisk, PolicyHost
+from tests.nvme_host import Completion
+
+from nvmove.block.backend import Operation
+from nvmove.block.policy import Action, ErrorPolicy
+from nvmove.nvme.spec import Admin, Nvm, Status
+
+QUEUES = st.integers(1, 2)
+FAILED = {Status.CAPACITY_EXCEEDED, Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR}
+PAGES = 0x12_0000
+BLOCKS = 2048
+
+
+@dataclass
+class Expected:
+    """A command that has not completed."""
+
+    block: int
+    is_write: bool
+    reported: bool = False
+    """An error of it may have been reported."""
+    ignored: bool = False
+    """An error of it may have been ignored."""
+    aborted: bool = False
+
+
+class Machine(RuleBasedStateMachine):
+    """One host, its disk, and controllers one after the other."""
+
+    @initialize(entries=st.integers(3, 9))
+    def start(self, entries: int) -> None:
+        self.disk = FailingDisk(BLOCKS * 512)
+        self.entries = entries
+        self.host = PolicyHost(self.disk, entries=entries)
+        self.host.create(2, sq_size=entries, cq_size=entries)
+        self.commands: dict[tuple[int, int], Expected] = {}
+        self.acknowledged: set[int] = set()
+        self.written = 0
+        self.policies()
+
+    # Commands. Every write has a block and a page of its own, so what a block must hold is known.
+
+    def has_room(self, qid: int) -> bool:
+        sq = self.host.controller.sqs[qid]
+        return sq.waiting < sq.size - 1
+
+    @rule(qids=st.lists(QUEUES, min_size=1, max_size=8))
+    def write(self, qids: list[int]) -> None:
+        for qid in qids:
+            if self.has_room(qid) and self.written < 1500:
+                self.written += 1
+                at = PAGES + 0x1000 * self.written
+                self.host.ram.data[at : at + 512] = struct.pack("<Q", self.written) * 64
+                cid = self.host.submit(qid, Nvm.WRITE, nsid=1, cdw10=self.written, prp1=at)
+                self.commands[qid, cid] = Expected(self.written, is_write=True)
+        self.policies()
+
+    @rule(qid=QUEUES)
+    def read(self, qid: int) -> None:
+        if self.has_room(qid):
+            cid = self.host.submit(qid, Nvm.READ, nsid=1, cdw10=0)
+            self.commands[qid, cid] = Expected(0, is_write=False)
+        self.policies()
+
+    @rule()
+    def drain(self) -> None:
+        self.host.drain()
+
+    @rule()
+    def hold(self) -> None:
+        self.disk.hold = True
+
+    @rule(count=st.integers(1, 3), newest=st.booleans())
+    def finish(self, count: int, newest: bool) -> None:
+        if newest:
+            self.disk.held.reverse()
+        self.disk.finish(count)
+
+    # What fails, and what is done about it.
+
+    @rule(number=st.sampled_from([errno.ENOSPC, errno.EIO]), every=st.integers(1, 4), writes=st.booleans())
+    def fail(self, number: int, every: int, writes: bool) -> None:
+        self.disk.errno = number
+        self.disk.fails = lambda request: (
+            (request.operation is Operation.WRITE or not writes) and len(self.disk.order) % every == 0
+        )
+
+    @rule()
+    def heal(self) -> None:
+        self.disk.heal()
+
+    @rule(werror=st.sampled_from(ErrorPolicy), rerror=st.sampled_from(ErrorPolicy))
+    def change(self, werror: ErrorPolicy, rerror: ErrorPolicy) -> None:
+        self.host.errors.werror, self.host.errors.rerror = werror, rerror
+        self.policies()
+
+    @rule()
+    def stop_again(self) -> None:
+        self.change(ErrorPolicy.STOP, ErrorPolicy.STOP)
+
+    def policies(self) -> None:
+        """From now on errors of what is under way may be reported or ignored, as the policies say."""
+        for expected in self.commands.values():
+            for number in (errno.ENOSPC, errno.EIO):
+                action = self.host.errors.decide(not expected.is_write, number)
+                expected.reported |= action is Action.REPORT
+                expected.ignored |= action is Action.IGNORE
+
+    # The VM stops, runs, moves.
+
+    @rule(drained=st.booleans())
+    def cont(self, drained: bool) -> None:
+        if not self.disk.held:
+            assert self.host.controller.pause(0)
+        self.host.controller.resume()
+        if drained:
+            self.host.drain()
+
+    @rule(handed_over=st.booleans())
+    def move(self, handed_over: bool) -> None:
+        """What is in flight ends when the device is paused; with `handed_over`, refused as the other side's."""
+        self.host.controller.pause(0)
+        self.disk.hold = False
+        fails, number = self.disk.fails, self.disk.errno
+        if handed_over:
+            self.disk.fail_all(errno.EPERM)
+        self.disk.finish()
+        self.disk.fails, self.disk.errno = fails, number
+        tried = len(self.disk.operations)
+        state = self.host.save()
+        self.host.replace()
+        self.host.controller.load(state)
+        assert self.host.controller.save() == state
+        self.host.drain()
+        assert len(self.disk.operations) == tried
+        self.host.controller.resume()
+
+    # The guest's ways out.
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if not self.commands:
+            return
+        qid, cid = data.draw(st.sampled_from(sorted(self.commands)))
+        is_held = any(held.cid == cid for held in self.host.controller.sqs[qid].held)
+        done = self.host.admin(Admin.ABORT, cdw10=cid << 16 | qid)
+        assert done.status == 0
+        assert not (is_held and done.result)
+        self.commands[qid, cid].aborted |= not done.result
+
+    @rule(qid=QUEUES)
+    def delete_and_create(self, qid: int) -> None:
+        self.disk.hold = False
+        self.disk.finish()
+        assert self.host.delete_sq(qid).status == 0
+        self.take(qid, also={Status.ABORTED_SQ_DELETION})
+        self.commands = {key: expected for key, expected in self.commands.items() if key[0] != qid}
+        self.host.create(qid, sq_size=self.entries)
+
+    @precondition(lambda self: self.written < 1000)
+    @rule(function=st.booleans())
+    def reset(self, function: bool) -> None:
+        self.take(1)
+        self.take(2)
+        if function:
+            self.host.controller.reset(lambda: None)
+        else:
+            self.host.disable()
+        self.disk.hold = False
+        self.disk.finish()
+        assert (self.host.csts, self.host.controller.held) == (0, 0)
+        self.commands.clear()
+        self.host.enable()
+        for qid in (1, 2):
+            self.host.create(qid, sq_size=self.entries, cq_size=self.entries)
+
+    @rule(cqid=QUEUES, limit=st.integers(1, 4))
+    def reap(self, cqid: int, limit: int) -> None:
+        self.take(cqid, limit)
+
+    def take(self, cqid: int, limit: int = 1 << 30, also: set[Status] | None = None) -> int:
+        found = self.host.reap(cqid, limit)
+        for completion in found:
+            assert (completion.sqid, completion.cid) in self.commands, "completed without a command, or twice"
+            self.check(self.commands.pop((completion.sqid, completion.cid)), completion, also or set())
+        return len(found)
+
+    def check(self, expected: Expected, completion: Completion, also: set[Status]) -> None:
+        allowed: set[int] = {Status.SUCCESS, *also}
+        if expected.reported:
+            allowed |= FAILED
+        if expected.aborted:
+            allowed.add(Status.ABORT_REQUESTED)
+        assert completion.status in allowed
+        if completion.status == 0 and expected.is_write and not expected.ignored:
+            self.acknowledged.add(expected.block)
+
+    # What always holds.
+
+    @invariant()
+    def acknowledged_data_is_there(self) -> None:
+        for block in self.acknowledged:
+            assert struct.unpack_from("<Q", self.disk.data, 512 * block)[0] == block
+
+    @invariant()
+    def what_is_held_is_in_order_and_holds_nothing(self) -> None:
+        controller = self.host.controller
+        for sq in controller.sqs.values():
+            orders = [held.order for held in sq.held]
+            assert orders == sorted(set(orders))
+            assert all(order < sq.fetched for order in orders)
+            assert {(sq.sqid, held.cid) for held in sq.held} <= self.commands.keys()
+        for cq in controller.cqs.values():
+            assert cq.reserved == sum(controller.sqs[sqid].in_flight for sqid in cq.sqs)
+
+    def teardown(self) -> None:
+        """With a disk that works, the VM running and the host reaping, nothing is left."""
+        if not hasattr(self, "commands"):
+            return
+        self.disk.hold = False
+        self.disk.heal()
+        self.disk.finish()
+        assert self.host.controller.pause(0)
+        self.host.controller.resume()
+        for _ in range(1 + len(self.commands)):
+            self.host.drain()
+            for cqid in (1, 2):
+                self.take(cqid)
+        assert self.commands == {}
+        assert self.host.controller.held == 0
+        self.acknowledged_data_is_there()
+
+
+Machine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestHeld = Machine.TestCase
