@@ -13,10 +13,12 @@ from nvmove.block.backend import BackendError
 from nvmove.block.config import DriveConfig
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.open import open_drive
+from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
 from nvmove.nvme.config import ControllerConfig
-from nvmove.options.devices import ParsedController, parse_controllers, parse_device
+from nvmove.options.devices import DriveUse, ParsedController, parse_controllers, parse_device
+from nvmove.options.drives import with_device_actions
 from nvmove.options.faults import add_argument, parse_fault
 from nvmove.options.syntax import OptionError, parse
 from nvmove.vfio.transport import ListenError
@@ -59,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
                 backends[use.name] = FaultyBackend(image, faults, [use.name])
                 cleanup.callback(backends[use.name].close)
             config = _with_write_cache(controller, drives)
-            device = NvmeDevice(config, backends, id=config.id or "nvme0")
+            errors = {use.name: _errors(use, drives[use.name]) for use in controller.drives}
+            device = NvmeDevice(config, backends, id=config.id or "nvme0", errors=errors)
             cleanup.callback(device.close)
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace
@@ -90,6 +93,17 @@ def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController,
         if name not in wanted:
             raise UserError(f"serve: the drive '{name}' is used by no --device")
     return controllers[0], known
+
+
+def _errors(use: DriveUse, drive: DriveConfig) -> DriveErrors:
+    """Return a drive's policies. There is no VM here that could be stopped: no request may be held, for none would end."""
+    config = with_device_actions(drive, use.werror, use.rerror)
+    if "stop" in (config.werror, config.rerror):
+        raise use.option.error(
+            f"werror=stop, rerror=stop (drive '{use.name}'): serve has no VM to stop: use nvmove run"
+        )
+    werror = ErrorPolicy.REPORT if config.werror == "enospc" else ErrorPolicy(config.werror)
+    return DriveErrors(werror, ErrorPolicy(config.rerror))
 
 
 def _with_write_cache(controller: ParsedController, drives: Mapping[str, DriveConfig]) -> ControllerConfig:
