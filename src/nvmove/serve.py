@@ -96,12 +96,10 @@ def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController,
 
 
 def _errors(use: DriveUse, drive: DriveConfig) -> DriveErrors:
-    """Return a drive's policies. There is no VM here that could be stopped: no request may be held, for none would end."""
+    """Return a drive's policies. No VM can be stopped here: a request that is held would never end."""
     config = with_device_actions(drive, use.werror, use.rerror)
     if "stop" in (config.werror, config.rerror):
-        raise use.option.error(
-            f"werror=stop, rerror=stop (drive '{use.name}'): serve has no VM to stop: use nvmove run"
-        )
+        raise use.option.error(f"drive '{use.name}': serve has no VM that werror=stop or rerror=stop could stop")
     werror = ErrorPolicy.REPORT if config.werror == "enospc" else ErrorPolicy(config.werror)
     return DriveErrors(werror, ErrorPolicy(config.rerror))
 

@@ -21,5 +21,5 @@ def test_nothing_is_held_where_no_vm_can_be_stopped() -> None:
 
 @pytest.mark.parametrize(("drive", "device"), [(",werror=stop", ""), ("", ",rerror=stop")])
 def test_stop_is_refused_in_one_line(drive: str, device: str) -> None:
-    with pytest.raises(OptionError, match=r"^-device nvme,.*drive 'd0'.: serve has no VM to stop: use nvmove run$"):
+    with pytest.raises(OptionError, match=r"^-device nvme,.*: drive 'd0': serve has no VM that werror=stop"):
         policies(drive, device)
