@@ -311,6 +311,19 @@ def test_reconnect_brings_a_lost_disk_back(open_export: Open) -> None:
     assert server.data[:1] == b"y"
 
 
+def test_recover_connects_again_only_when_the_connection_is_lost(open_export: Open) -> None:
+    server, disk = open_export()
+    connection = disk._connection
+    disk.recover()
+    assert disk._connection is connection
+    server.drop()
+    while write(disk, 0, b"x") == 0:
+        pass
+    disk.recover()
+    assert disk._connection is not connection
+    assert write(disk, 0, b"y") == 0
+
+
 def test_reconnect_keeps_what_comes_meanwhile(open_export: Open) -> None:
     server, disk = open_export()
     server.muted.set()

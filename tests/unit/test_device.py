@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.block.backend import Request
+from nvmove.block.backend import BackendError, Request
 from nvmove.device import NvmeDevice
 from nvmove.nvme import vmsd
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
@@ -308,3 +308,21 @@ def test_it_is_what_the_other_parts_ask_for(device: NvmeDevice) -> None:
     stateful: Stateful = device
     saved.pause()
     assert vmsd.load(stateful.save()).pci.config[:256] == saved.pci_config
+
+
+def test_resume_recovers_each_disk_once_before_anything_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    class LostDisk(EmptyDisk):
+        recovered = 0
+
+        def recover(self) -> None:
+            self.recovered += 1
+            assert made.controller.paused
+            raise BackendError("Could not connect to 'nbd://h/e': Connection refused")
+
+    disk = LostDisk()
+    made = make(disk=disk)
+    made.pause(5)
+    made.resume()
+    assert (disk.recovered, made.controller.paused, made.held) == (1, False, 0)
+    assert caplog.messages == ["nvme0: Could not connect to 'nbd://h/e': Connection refused"]
+    made.close()

@@ -11,7 +11,7 @@ from tests.failing import PolicyHost
 from tests.nvme_host import DATA, Completion, Host
 
 from nvmove.block.backend import Operation
-from nvmove.block.policy import Action, ErrorPolicy, ErrorReport
+from nvmove.block.policy import Action, DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.engine.plain import PlainEngine
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import CSTS_SHST_COMPLETE, Admin, Feature, Nvm, Register, Status
@@ -316,6 +316,25 @@ def test_a_policy_changed_while_a_command_is_held_decides_about_its_retry() -> N
     host.errors.werror = ErrorPolicy.REPORT
     host.try_again()
     assert host.done()[0].status == Status.CAPACITY_EXCEEDED
+
+
+def test_a_policy_changed_to_ignore_in_the_middle_of_a_failure_ignores_it() -> None:
+    class Changing(DriveErrors):
+        def decide(self, is_read: bool, errno: int) -> Action:
+            return answers.pop(0)
+
+    answers = [Action.STOP, Action.IGNORE]
+    host = full()
+    host.controller.errors = {"d0": Changing()}
+    assert host.command(1, Nvm.WRITE, nsid=1).status == Status.SUCCESS
+    assert [report.action for report in host.reports] == [Action.IGNORE]
+
+
+def test_a_drive_without_a_policy_reports() -> None:
+    host = full()
+    host.controller.errors = {}
+    assert host.command(1, Nvm.WRITE, nsid=1).status == Status.CAPACITY_EXCEEDED
+    assert [report.action for report in host.reports] == [Action.REPORT]
 
 
 def test_what_the_guest_got_wrong_is_reported_whatever_the_policy_and_raises_no_event() -> None:
