@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from tests.failing import PolicyHost
-from tests.nvme_host import DATA, Completion, Host
+from tests.nvme_host import DATA, Completion, Host, Mapped
 
 from nvmove.block.backend import Operation
 from nvmove.block.policy import Action, DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.engine.plain import PlainEngine
 from nvmove.nvme.errors import StateError
+from nvmove.nvme.seams import Segment
 from nvmove.nvme.spec import CSTS_SHST_COMPLETE, Admin, Feature, Nvm, Register, Status
 from nvmove.nvme.state import HeldState
 
@@ -170,6 +172,36 @@ def test_a_held_command_keeps_no_pause_from_ending_and_nothing_is_submitted_whil
     host.drain()
     assert len(host.failing.operations) == tried
     assert host.controller.inspect()["held"] != []
+
+
+def test_a_held_command_has_given_the_guests_memory_back() -> None:
+    host = full()
+    acquire, taken = host.ram.acquire, list[Mapped]()
+
+    def recorded(segments: Sequence[Segment], to_guest: bool) -> Mapped:
+        taken.append(acquire(segments, to_guest))
+        return taken[-1]
+
+    host.ram.acquire = recorded  # type: ignore[method-assign]
+    write(host, 1)
+    host.submit(1, Nvm.READ, nsid=1)
+    host.drain()
+    assert host.controller.held == 2
+    assert [transfer.buffers for transfer in taken] == [(), ()]
+    for sq in host.controller.sqs.values():
+        assert (sq.in_flight, sq.cq.reserved) == (0, 0)
+
+
+def test_a_command_is_held_only_when_none_of_its_requests_is_under_way_any_more() -> None:
+    host = full()
+    host.failing.hold = True
+    host.ram.data[DATA : DATA + 32] = (bytes(4) + bytes([1, 0, 0, 0]) + bytes(8)) * 2
+    host.submit(1, Nvm.DATASET_MANAGEMENT, nsid=1, cdw10=1, cdw11=4)
+    host.drain()
+    host.failing.finish(1)
+    assert (len(host.failing.held), host.controller.held, host.controller.pause(0)) == (1, 0, False)
+    host.failing.finish()
+    assert (host.controller.held, host.controller.pause(0)) == (1, True)
 
 
 def test_the_error_is_announced_before_a_pause_ends() -> None:
