@@ -541,6 +541,8 @@ def test_the_guests_console_goes_on_when_stdin_has_ended(tmp_path: Path) -> None
                 break
             assert time.monotonic() < end
             time.sleep(0.02)
+        guest.sendall(b"Debian")
+        child.until(b"Debian")  # the port is open: what is typed before that is lost
         os.write(child.stdin, b"root\n")
         assert guest.recv(100) == b"root\n"
         os.dup2(os.open("/dev/null", os.O_RDONLY), child.stdin)
