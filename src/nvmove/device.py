@@ -114,6 +114,7 @@ class NvmeDevice:
 
         Raises TimeoutError when that takes more than `timeout` seconds; the device stays paused then.
         """
+        self._lines.quieten()
         if not self.controller.pause(timeout):
             raise TimeoutError(f"{self.id}: I/O is still in flight after {timeout} s")
 
@@ -126,6 +127,7 @@ class NvmeDevice:
         self._recover()
         with self._lock:
             self._loaded = None
+        self._lines.resume()
         self.controller.resume()
 
     def _recover(self) -> None:

@@ -227,3 +227,23 @@ def test_replaced_and_disconnected_eventfds_are_closed(wires: Wires) -> None:
         os.close(end)
     wires.ends.clear()
     assert before == open_fds()
+
+
+def test_quiet_intx_fires_only_when_it_resumes(wires: Wires) -> None:
+    """The client lowers its own pin while the device is paused (an unmask); the level stays up for later."""
+    (end,) = wires.connect(INTX)
+    wires.lines.set_level(True)
+    assert fired(end) == 1
+    wires.lines.quieten()
+    wires.intx(IrqWhat.UNMASK)
+    assert (fired(end), wires.lines.level) == (0, True)
+    wires.lines.resume()
+    assert fired(end) == 1
+
+
+def test_quiet_intx_that_was_loaded_down_does_not_fire(wires: Wires) -> None:
+    (end,) = wires.connect(INTX)
+    wires.lines.quieten()
+    wires.lines.load((), False)
+    wires.lines.resume()
+    assert fired(end) == 0

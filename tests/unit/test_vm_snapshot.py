@@ -140,6 +140,18 @@ def test_the_msix_table_is_read_while_the_guest_has_memory_decoding_off_and_comm
     assert qemu.config[4] == 0
 
 
+@pytest.mark.parametrize(
+    ("control", "command", "lowered"), [(1, 0x106, True), (0x8001, 0x106, False), (1, 0x506, False), (1, 0x104, True)]
+)
+def test_intx_is_lowered_before_a_save_where_the_guest_uses_it(control: int, command: int, lowered: bool) -> None:
+    qemu, device, _, _ = setup()
+    config = bytearray(device.pci_config)
+    config[4:6] = command.to_bytes(2, "little")
+    config[MSIX_CONTROL : MSIX_CONTROL + 2] = control.to_bytes(2, "little")
+    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(config), 0x2000)) == TABLE
+    assert qemu.log.count(f"xp /1xw {BAR:#x}") == 2 * lowered
+
+
 def test_a_bar_that_was_never_placed_has_a_masked_table() -> None:
     qemu, _, _, _ = setup()
     table = run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(256), 0x2000))

@@ -28,6 +28,7 @@ class InterruptLines:
         self._intx: int | None = None
         self._asserted = False
         self._masked = False
+        self._quiet = False
         self._unmasker: _Unmasker | None = None
 
     # nvme.seams.Interrupts: never waits.
@@ -46,6 +47,19 @@ class InterruptLines:
         """Drive the INTx pin."""
         with self._lock:
             self._asserted = asserted
+            self._drive()
+
+    # The owner's side.
+
+    def quieten(self) -> None:
+        """Keep INTx from the client until `resume`: it can lower its own pin meanwhile, and that stays low."""
+        with self._lock:
+            self._quiet = True
+
+    def resume(self) -> None:
+        """Let INTx through again, and at once if the level is up."""
+        with self._lock:
+            self._quiet = False
             self._drive()
 
     # The client's side.
@@ -196,7 +210,7 @@ class InterruptLines:
             _notify(fd)
 
     def _drive(self) -> None:
-        if self._asserted and not self._masked and self._intx is not None:
+        if self._asserted and not self._masked and not self._quiet and self._intx is not None:
             self._masked = True
             _notify(self._intx)
 

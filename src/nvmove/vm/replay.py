@@ -15,6 +15,7 @@ from nvmove.vm.pciaddress import ConfigSpace, Hmp, PciAddress, ReplayError
 
 COMMAND = 0x04
 COMMAND_MEMORY_AND_MASTER = 0x0006
+COMMAND_INTX_DISABLE = 0x0400
 BAR0 = 0x10
 INTERRUPT_LINE = 0x3C
 MSIX_CONTROL = 0x42
@@ -70,7 +71,7 @@ def _words(output: str) -> Iterable[int]:
 
 
 async def read_msix_table(hmp: Hmp, address: PciAddress, config: bytes, table_offset: int) -> bytes:
-    """Read the function's MSI-X table out of QEMU, 16 bytes a vector; raise ReplayError.
+    """Read the function's MSI-X table out of QEMU, 16 bytes a vector, and lower its INTx pin; raise ReplayError.
 
     The table answers only while the function decodes memory, so COMMAND's memory bit is set for the moment where the
     guest has it clear. A BAR the guest never placed has no table worth keeping: all vectors masked, as after reset.
@@ -85,6 +86,8 @@ async def read_msix_table(hmp: Hmp, address: PciAddress, config: bytes, table_of
     if hidden:
         await space.write16(COMMAND, command | 0x2)
     try:
+        if not word(config, MSIX_CONTROL) & MSIX_ENABLE and not command & COMMAND_INTX_DISABLE:
+            await _lower_intx(hmp, bar)
         count = vectors * MSIX_ENTRY // 4
         values = list(_words(await hmp(f"xp /{count}xw {bar + table_offset:#x}")))
     finally:
@@ -93,6 +96,17 @@ async def read_msix_table(hmp: Hmp, address: PciAddress, config: bytes, table_of
     if len(values) != count:
         raise ReplayError(f"QEMU printed {len(values)} of the {count} words of the MSI-X table")
     return b"".join(value.to_bytes(4, "little") for value in values)
+
+
+async def _lower_intx(hmp: Hmp, bar: int) -> None:
+    """Make QEMU lower the function's INTx pin; the device is paused, so it stays low.
+
+    QEMU saves how many devices pull each line of the bus, but not that ours is one of them: a line that is up in the
+    stream would stay up for ever after a load. QEMU takes any access to the BAR as the guest's acknowledgement; the
+    second one is for a signal that it had not looked at before the first.
+    """
+    for _ in range(2):
+        await hmp(f"xp /1xw {bar:#x}")
 
 
 async def replay(hmp: Hmp, address: PciAddress, device: Replayed) -> None:
