@@ -1,8 +1,9 @@
 """`nvmove demo`: what nvmove is for, shown on a real Linux guest on this machine.
 
 fio writes blocks that carry checksums. In the midst of it the VM is saved; then the disk is overwritten and the VM
-reverted in place; then everything is killed and the VM loaded by new processes. Each time fio goes on where it was and
-verifies every block. Every step is checked; the exit status is 0 only when all of them held.
+reverted in place; then everything is killed and the VM loaded by new processes; then the disk is full, the VM pauses
+and goes on when there is room. Each time fio goes on where it was and verifies every block. Every step is checked; the
+exit status is 0 only when all of them held.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from nvmove.lab.sysroot import Sysroot, find_sysroot
 _FAILURES = (GuestError, TimeoutError, QmpError, QmpClosed)
 _PREFIX = "nvmove-demo-"
 _FIO = Fio("demo", blocks=2000, rate=200)
+_FIO_FULL = Fio("full", blocks=2000, iodepth=32)
 _SAVE_AFTER = 500
 _TAG = "t1"
 _FUTURE = "/tmp/after-savevm"
@@ -57,6 +59,10 @@ class Story:
         self.sysroot = sysroot
         self.image = directory / "disk.qcow2"
         self.machine = Machine(directory / "vm", sysroot, front)
+        self.rule = 0
+        """The id of the fault that makes the disk full."""
+        self.seen = 0
+        """How many requests it has met so far."""
         self.steps = [
             Step("boot Linux with an NVMe disk on a qcow2 image", self.boot),
             Step("start fio in the guest: random writes, a checksum in every block", self.start_fio),
@@ -68,6 +74,10 @@ class Story:
             Step("overwrite it again, then SIGKILL every process", self.kill),
             Step(f"start new processes with -loadvm {_TAG}", self.load),
             Step("fio, in a new QEMU on a new device, ends and verifies", self.verify),
+            Step("the disk is full: fio writes, the VM pauses", self.fill),
+            Step("cont without room: it pauses again", self.try_again),
+            Step("there is room: cont", self.make_room),
+            Step("fio has seen a slow disk only, ends and verifies", self.verify_full),
             Step("nothing is left running or lying about", self.leave),
         ]
 
@@ -109,10 +119,13 @@ class Story:
 
     def verify(self) -> str:
         """Wait for fio, which fails on one wrong byte, and look for complaints in the guest's log."""
-        _FIO.wait(self.machine.console)
+        return self._verify(_FIO)
+
+    def _verify(self, fio: Fio) -> str:
+        fio.wait(self.machine.console)
         if complaints := disk_complaints(self.machine.console):
             raise GuestError(f"the guest's kernel complains: {complaints[0]}")
-        return f"{_FIO.blocks} checksums are right; the kernel has no complaint"
+        return f"{fio.blocks} checksums are right; the kernel has no complaint"
 
     def overwrite(self) -> str:
         """Write other data over all that fio wrote."""
@@ -145,6 +158,39 @@ class Story:
         if not console.run(f"[ -e {_FUTURE} ]").status:
             raise GuestError("what was done after savevm is still there: this is not the moment that was saved")
         return "the guest is where it was, and fio goes on"
+
+    def fill(self) -> str:
+        """Let every write fail as on a full filesystem, which a demo without root cannot have, and write."""
+        self.rule = self.machine.qmp.execute("nvmove-fault-add", {"op": "write", "errno": "ENOSPC"})["id"]
+        _FIO_FULL.start(self.machine.console)
+        return self._wait_pause()
+
+    def try_again(self) -> str:
+        """Let the VM run on: what is held fails again, and is held again."""
+        self.machine.qmp.execute("cont")
+        return self._wait_pause()
+
+    def _wait_pause(self) -> str:
+        qmp = self.machine.qmp
+        error = qmp.wait_event("BLOCK_IO_ERROR")["data"]
+        qmp.wait_event("STOP")
+        if qmp.status != "io-error":
+            raise GuestError(f"the VM is '{qmp.status}' and not in io-error")
+        held = sum(rule["hits"] for rule in qmp.execute("nvmove-fault-list")) - self.seen
+        self.seen += held
+        return f"{error['reason']}: {held} writes failed and are held; the run state is io-error"
+
+    def make_room(self) -> str:
+        """Let writes succeed again, and the VM run on."""
+        self.machine.qmp.execute("nvmove-fault-remove", {"id": self.rule})
+        self.machine.qmp.execute("cont")
+        if self.machine.qmp.status != "running":
+            raise GuestError(f"the VM is '{self.machine.qmp.status}' and does not run")
+        return "what was held is written now, and the guest goes on"
+
+    def verify_full(self) -> str:
+        """Wait for the fio that met the full disk."""
+        return self._verify(_FIO_FULL)
 
     def leave(self) -> str:
         """End the VM and look for what it left."""

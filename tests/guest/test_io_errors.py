@@ -233,6 +233,44 @@ def test_a_read_error_pauses_where_rerror_says_so(machine: Machine, tree: Sysroo
     assert machine.quit() == 0
 
 
+def test_all_writes_in_flight_are_held_by_one_stop(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))])
+    qmp = machine.qmp
+    rule = fault(machine, op="write", errno="ENOSPC", delay="200ms")
+    FIO.start(machine.console)
+    wait_pause(machine)
+    qmp.events.clear()
+    for _ in range(3):
+        (found,) = qmp.execute("nvmove-fault-list")
+        qmp.execute("cont")
+        while qmp.status != "io-error":
+            time.sleep(0.05)
+        (again,) = qmp.execute("nvmove-fault-list")
+        assert again["hits"] > found["hits"]
+        names = [event["event"] for event in qmp.events]
+        assert (names.count("RESUME"), names.count("STOP")) == (1, 1)
+        qmp.events.clear()
+    qmp.execute("nvmove-fault-remove", {"id": rule})
+    cont(machine)
+    finish(machine)
+    assert machine.quit() == 0
+
+
+def test_cont_in_quick_succession_loses_nothing(machine: Machine, tree: Sysroot, work: Path) -> None:
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.raw"), drive="werror=stop")])
+    qmp = machine.qmp
+    fault(machine, op="write", errno="EIO", count=300)
+    FIO.start(machine.console)
+    wait_pause(machine)
+    assert io_status(machine) == "failed"
+    deadline = time.monotonic() + 120
+    while qmp.execute("nvmove-fault-list")[0]["hits"] < 300 or qmp.status != "running":
+        qmp.hmp("cont")
+        assert time.monotonic() < deadline
+    finish(machine)
+    assert machine.quit() == 0
+
+
 def test_policies_change_while_the_vm_runs(machine: Machine, tree: Sysroot, work: Path) -> None:
     machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.raw"), drive="werror=report")])
     console, qmp = machine.console, machine.qmp
