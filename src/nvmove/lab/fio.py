@@ -41,7 +41,7 @@ class Fio:
     def finished(self, console: Console) -> bool:
         """Return whether it has ended well; raise GuestError with fio's words when it ended badly."""
         status = console.run(f"cat /tmp/fio.{self.name}.status")
-        if status.status:
+        if status.status or not status.output.strip():  # the shell makes the file before it writes into it
             return False
         said = console.check(f"cat /tmp/fio.{self.name}")
         if status.output.strip() != "0" or "err= 0" not in said:
