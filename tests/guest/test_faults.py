@@ -47,7 +47,7 @@ def test_exactly_the_bad_block_cannot_be_read_until_the_rule_is_removed(tree: Sy
         assert reads(console, BAD - 64, 128)
         assert qmp.execute("nvmove-fault-list") == []
 
-        added = qmp.execute("nvmove-fault-add", {"op": "write", "lba": 7, "errno": "ENOSPC", "drive": "d0"})
+        added = qmp.execute("nvmove-fault-add", {"op": "write", "lba": 7, "errno": "EIO", "drive": "d0"})
         assert added == {"id": 2}
         write = "dd if=/dev/zero of=/dev/nvme0n1 bs=512 oflag=direct count=1 seek="
         assert console.run(f"{write}7").status != 0
