@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ import pytest
 
 from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.leftovers import Surroundings
-from nvmove.lab.machine import Machine
+from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
-from tests.guest.conftest import MachineFactory, assert_nothing_left, disk, make_image, savevm
+from tests.guest.conftest import MachineFactory, assert_nothing_left, clean_machine, disk, make_image, savevm
 
 FIO = Fio("full", blocks=2048, iodepth=32)
 """8 MiB of writes."""
@@ -233,6 +234,44 @@ def test_a_read_error_pauses_where_rerror_says_so(machine: Machine, tree: Sysroo
     assert machine.quit() == 0
 
 
+def what_a_user_sees(machine: Machine, arguments: list[str]) -> list[Any]:
+    """Let the firmware read a disk whose reads fail, twice; return all that QMP shows of it."""
+    machine.start(["-M", "q35", "-S", *arguments])
+    qmp = machine.qmp
+    seen: list[Any] = []
+    for _ in range(2):
+        qmp.execute("cont")
+        events = [qmp.wait_event("RESUME"), qmp.wait_event("BLOCK_IO_ERROR"), qmp.wait_event("STOP")]
+        for event in events:
+            data = event.get("data", {})
+            data.update({"qom-path": data["qom-path"].removesuffix("/virtio-backend")} if data else {})
+            seen.append((list(event), event["event"], list(data.items())))
+        status = list(qmp.execute("query-status").items())
+        (block,) = (info for info in qmp.execute("query-block") if info["device"] == "d0")
+        seen += [status, qmp.hmp("info status"), next(iter(block.items())), "failed" in qmp.hmp("info block d0")]
+        qmp.execute("stop")
+        seen.append(qmp.status)
+    machine.quit()
+    return seen
+
+
+def test_a_read_error_looks_as_it_does_with_qemus_virtio_blk(tree: Sysroot, work: Path, stock: Machine) -> None:
+    bad = (
+        "file.driver=blkdebug,file.image.driver=null-co,file.image.size=64M,file.image.read-zeroes=on,"
+        "file.inject-error.0.event=read_aio,file.inject-error.0.errno=5,driver=raw"
+    )
+    common, device = "if=none,id=d0,node-name=n0,rerror=stop", "id=nv0,drive=d0,bootindex=0"
+    virtio = ["-drive", f"{common},{bad}", "-device", f"virtio-blk-pci,{device}"]
+    expected = what_a_user_sees(stock, virtio)
+
+    image = make_image(tree, work / "d0.raw", "64M")
+    nvme = ["-drive", f"{common},file={image},format=raw", "-device", f"nvme,serial=S1,{device}"]
+    front = [*nvmove_command(), "run", "--fault", "op=read,errno=EIO"]
+    with clean_machine(tree, front, work / "ours") as machine:
+        assert what_a_user_sees(machine, nvme) == expected
+    assert expected[1][1] == "BLOCK_IO_ERROR"
+
+
 def test_all_writes_in_flight_are_held_by_one_stop(machine: Machine, tree: Sysroot, work: Path) -> None:
     machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))])
     qmp = machine.qmp
@@ -269,6 +308,24 @@ def test_cont_in_quick_succession_loses_nothing(machine: Machine, tree: Sysroot,
         assert time.monotonic() < deadline
     finish(machine)
     assert machine.quit() == 0
+
+
+@pytest.mark.parametrize("how", ["quit", "SIGTERM"])
+def test_a_vm_with_held_requests_ends_as_any_other(
+    machine: Machine, tree: Sysroot, work: Path, small: SmallDisk, how: str
+) -> None:
+    image = make_image(tree, small.path / "d0.qcow2")
+    before = Surroundings.look(work)
+    machine.boot(["-M", "q35", *disk(image)])
+    FIO.start(machine.console)
+    wait_full(machine)
+    if how == "quit":
+        assert machine.quit() == 0
+    else:
+        machine.started.process.send_signal(signal.SIGTERM)
+        assert machine.started.wait(60) == 0
+        machine.hang_up()
+    assert_nothing_left(machine, before)
 
 
 def test_policies_change_while_the_vm_runs(machine: Machine, tree: Sysroot, work: Path) -> None:

@@ -411,6 +411,23 @@ def test_a_wrong_policy_is_one_clear_line_and_changes_nothing(arguments: dict[st
     on_vm(test)
 
 
+def test_a_stop_that_meets_the_end_of_qemu_is_over() -> None:
+    async def test(vm: Scene) -> None:
+        async def gone(_arguments: Any) -> Any:
+            vm.qemu.stream.close()
+            await asyncio.Event().wait()
+
+        vm.qemu.answers["query-status"] = gone
+        vm.fail(FULL)
+        while not vm.sent("query-status"):
+            await asyncio.sleep(0)
+        async with vm.runstate.lock:
+            pass
+        assert (vm.runstate.io_error, vm.sent("stop")) == (False, 0)
+
+    on_vm(test)
+
+
 def test_a_report_after_the_end_of_the_vm_is_nobodys() -> None:
     async def make() -> IoErrors:
         return IoErrors()
