@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from nvmove.block.backend import BackendError
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     words = args.qemu[1:] if args.qemu[:1] == ["--"] else args.qemu
     if not words:
         raise UserError("run: no QEMU given (nvmove run qemu-system-x86_64 …)", status=2)
-    with RunDirectory() as directory:
+    with _ending_cleanly(), RunDirectory() as directory:
         plan = lift(words, directory)
         for warning in plan.warnings:
             print(f"nvmove: warning: {warning}", file=sys.stderr)
@@ -48,6 +51,23 @@ def run(args: argparse.Namespace) -> int:
     if args.fault:
         raise UserError(f"--fault {args.fault[0]}: no -device nvme is there that it could be for")
     return _become(plan)
+
+
+@contextlib.contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP end us as SIGINT does, with everything cleaned up, also before Machine takes care of them."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    replaced = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in replaced:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _become(plan: Plan) -> NoReturn:

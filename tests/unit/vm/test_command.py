@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,24 @@ def test_what_a_machine_cannot_have_is_one_line(machines: type[FakeMachine], tmp
     machines.ends = error
     assert (str(refused("qemu", *NVME)), refused("qemu", *NVME).status) == (str(error), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_the_command_line_is_read_leaves_nothing(
+    machines: type[FakeMachine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    def find(name: str) -> None:
+        assert list(tmp_path.iterdir()) != []
+        os.kill(os.getpid(), number)
+        threading.Event().wait(20)
+
+    monkeypatch.setattr(qemu, "find", find)
+    with pytest.raises(SystemExit) as raised:
+        run("qemu", *NVME)
+    assert raised.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert machines.made == []
 
 
 def test_without_a_qemu_it_is_a_usage_error(machines: type[FakeMachine]) -> None:
