@@ -18,7 +18,12 @@ from nvmove.vm.snapshot import SnapshotError, Snapshots
 Event = dict[str, Any]
 Out = Callable[[str], None]
 
-NBD_COMMANDS = ("nbd-server-start", "nbd-server-stop", "nbd-server-add", "nbd-server-remove")
+_NBD = "QEMU has one NBD server and nvmove uses it for its disks; this is not supported yet"
+_MIGRATION = "live migration of a VM with nvmove disks is not supported yet"
+EXPORT_REFUSALS = dict.fromkeys(("nbd-server-start", "nbd-server-stop", "nbd-server-add", "nbd-server-remove"), _NBD)
+"""Refused while QEMU exports a disk to us."""
+REFUSALS = dict.fromkeys(("migrate", "migrate-incoming"), _MIGRATION)
+"""Refused always: QEMU would say "completed" and leave behind what it does not know."""
 
 
 class Handlers:
@@ -49,10 +54,10 @@ class Handlers:
         facade.handlers["query-block"] = self._query_block
         facade.hmp_handlers["info block"] = self._info_block
         facade.commands.concurrent |= {"query-block", "info block"}
-        if any(drive.in_qemu for drive in self._drives):
-            for name in NBD_COMMANDS:
-                facade.handlers[name] = functools.partial(self._refuse_nbd, name)
-                facade.hmp_handlers[name.replace("-", "_")] = functools.partial(self._refuse_nbd, name)
+        exports = any(drive.in_qemu for drive in self._drives)
+        for name, reason in {**REFUSALS, **(EXPORT_REFUSALS if exports else {})}.items():
+            refuse = functools.partial(_refuse, f"{name}: {reason}")
+            facade.handlers[name] = facade.hmp_handlers[name.replace("-", "_")] = refuse
         facade.on_event("STOP", self._follow)
         facade.on_event("RESUME", self._follow)
         facade.filters.append(self._hold_conclusion)
@@ -141,8 +146,6 @@ class Handlers:
             text = await facade.hmp(f"info block {arguments}".strip())
         return blockinfo.complete_text(text, self._drives, only, verbose)
 
-    async def _refuse_nbd(self, name: str, _facade: Facade, _arguments: Any, _out: Out | None = None) -> Any:
-        raise QmpError(
-            "GenericError",
-            f"{name}: QEMU has one NBD server and nvmove uses it for its disks; this is not supported yet",
-        )
+
+async def _refuse(reason: str, _facade: Facade, _arguments: Any, _out: Out | None = None) -> Any:
+    raise QmpError("GenericError", reason)
