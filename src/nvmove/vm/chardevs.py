@@ -49,6 +49,8 @@ def from_short_form(name: str, device: str, ident: str) -> Option:
     `name` is the option's, `ident` the id of the chardev. Raises OptionError.
     """
     where = f"{name} {device}"
+    if device == "mon:stdio":  # as QEMU: Ctrl-C is for whoever has the terminal, such as the guest
+        return Option(where, {"backend": "stdio", "id": ident, "signal": "off"})
     device = device.removeprefix("mon:")
     if device in _PLAIN:
         return Option(where, {"backend": device, "id": ident})

@@ -206,7 +206,7 @@ def test_monitors_become_endpoints() -> None:
 def test_a_port_that_shares_the_monitors_line_gets_a_socket(options: str) -> None:
     plan = lift(f"{RAW} {NVME} {options}")
     (endpoint,) = plan.endpoints
-    assert (endpoint.mode, endpoint.address) == (MonitorMode.READLINE, StdioAddress())
+    assert (endpoint.mode, endpoint.address) == (MonitorMode.READLINE, StdioAddress(signal="-chardev" in options))
     assert [(port.id, str(port.socket)) for port in endpoint.mux] == [("serial0", "/run/x/mux0")]
     words = list(plan.arguments)
     assert words[words.index("-serial") + 1] == "chardev:serial0"

@@ -15,6 +15,7 @@ def short(device: str) -> Endpoint:
     ("device", "expected"),
     [
         ("stdio", Endpoint(endpoints.StdioAddress())),
+        ("mon:stdio", Endpoint(endpoints.StdioAddress(signal=False))),
         ("null", Endpoint(None)),
         ("pty", Endpoint(endpoints.PtyAddress())),
         ("pty:/tmp/link", Endpoint(endpoints.PtyAddress("/tmp/link"))),
