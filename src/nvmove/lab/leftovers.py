@@ -21,7 +21,7 @@ class Surroundings:
     """The state of what outlives a process, at one moment."""
 
     mounts: frozenset[str]
-    """Those below the directory, and those that speak of nvmove: others on this machine mount things, too."""
+    """Those below the directory: others on this machine mount things, too."""
     shared_memory: frozenset[str]
     sockets: frozenset[str]
     """Names of listening or bound Unix sockets below the directory, and abstract ones that speak of nvmove."""
@@ -33,7 +33,7 @@ class Surroundings:
         """Look around; `directory` is where the programs under test may have put their files."""
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         return cls(
-            frozenset(line for line in mounts if "nvmove" in line or str(directory) in line),
+            frozenset(line for line in mounts if str(directory) in line),
             frozenset(name for name in os.listdir("/dev/shm") if "nvmove" in name or "qemu" in name),
             frozenset(name for name in _unix_sockets() if name.startswith(str(directory)) or "@nvmove" in name),
             _tree(directory),
