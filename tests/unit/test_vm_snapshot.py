@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nvmove.nvme.seams import DmaError
 from nvmove.vm.pciaddress import ConfigSpace, PciAddress, ReplayError, find
 from nvmove.vm.replay import MSIX_CONTROL, read_msix_table, replay
 from nvmove.vm.runstate import RunState
@@ -291,6 +292,23 @@ def test_a_snapshot_job_runs_on_before_its_conclusion_is_told() -> None:
     run(story())
     assert (qemu.running, runstate.lock.locked()) == (True, False)
     assert qemu.config == device.pci_config
+
+
+def test_a_snapshot_job_whose_replay_fails_leaves_the_vm_stopped_and_the_monitor_free() -> None:
+    qemu, device, runstate, snapshots = setup()
+
+    def refuse(_address: int, _data: bytes) -> None:
+        raise DmaError("the client is gone")
+
+    device.write_guest = refuse  # type: ignore[assignment, method-assign]
+
+    async def story() -> None:
+        await snapshots.job("snapshot-load", {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())
+        loaded(device)
+        await snapshots.concluded("j0")
+
+    run(story())
+    assert (qemu.running, runstate.lock.locked()) == (False, False)
 
 
 def test_a_snapshot_job_that_names_a_raw_disk_is_refused() -> None:

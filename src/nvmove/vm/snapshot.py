@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from nvmove.nvme.seams import DmaError
 from nvmove.vm.pciaddress import ReplayError, find
 from nvmove.vm.replay import Replayed, read_msix_table, replay
 from nvmove.vm.runstate import Held, Monitor, Paused, RunState
@@ -167,7 +168,7 @@ class Snapshots:
                 jobs = await self._monitor.execute("query-jobs")
                 failed = any(job["id"] == job_id and "error" in job for job in jobs)
                 await self._finish_load(held, mark, failed)
-        except (SnapshotError, ReplayError) as error:
+        except (SnapshotError, ReplayError, DmaError) as error:
             held.run_on = False
             log.error("snapshot-load: %s; the VM stays stopped", error)
         finally:
