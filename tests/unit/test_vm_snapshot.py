@@ -44,6 +44,9 @@ class FakeQemu:
             self.running = name == "cont"
             if self.runstate is not None and self.running:
                 await self.runstate.follow("RESUME")
+        if name == "human-monitor-command":
+            assert str(arguments and arguments["command-line"]).startswith("loadvm nvmove-no-snapshot-")
+            self.running = False
         if name == "query-pci":
             function = {"bus": 1, "slot": 2, "function": 0, "qdev_id": "nv0"}
             bridge = {"bus": 0, "slot": 1, "function": 0, "qdev_id": "rp0", "pci_bridge": {"devices": [function]}}
@@ -231,6 +234,14 @@ def test_a_state_too_large_for_qemu_is_refused_before_anything_is_saved() -> Non
 def loaded(device: FakeDevice) -> None:
     device.resets += 1
     device.loads += 1
+
+
+def test_a_running_vm_is_stopped_for_a_load_by_a_loadvm_of_nothing() -> None:
+    qemu, device, _, snapshots = setup()
+    qemu.on_hmp["loadvm t1"] = lambda: loaded(device)
+    run(snapshots.load("loadvm t1"))
+    assert "stop" not in qemu.log
+    assert qemu.log.index("human-monitor-command") < qemu.log.index("loadvm t1") < qemu.log.index("cont")
 
 
 def test_loadvm_replays_pci_before_it_runs_on() -> None:

@@ -106,7 +106,7 @@ class Snapshots:
         A load that failed half-way leaves the VM stopped, as QEMU does; one that touched nothing lets it run on.
         """
         self.check()
-        async with self._runstate.held() as held:
+        async with self._runstate.held(for_load=True) as held:
             mark = self._marks()
             output = await self._monitor.hmp(line)
             await self._finish_load(held, mark, failed=bool(output.strip()))
@@ -145,7 +145,7 @@ class Snapshots:
         await self._runstate.lock.acquire()
         held = Held(run_on=False)
         try:
-            held.run_on = await self._runstate.hold()
+            held.run_on = await self._runstate.hold(for_load=name == "snapshot-load")
             mark = self._marks()
             if name == "snapshot-save":
                 await self.before_save()
