@@ -140,8 +140,8 @@ class RunState:
         """Stop the VM and its devices for an operation; return whether it ran. The caller holds `lock`.
 
         `for_load`: by `loadvm` of a snapshot that does not exist: the VM is stopped then, and nothing else is done.
-        Under TCG a guest loaded after a plain `stop` may run stale translated code and crash, in stock QEMU 11.1.3 too: it
-        seems to drop that code only where a running VM enters the run state restore-vm.
+        Under TCG a guest loaded after a plain `stop` may run stale translated code and crash, in stock QEMU 11.1.3
+        too: it seems to drop that code only where a running VM enters the run state restore-vm.
         """
         status = await self._monitor.execute("query-status")
         running = bool(status["running"])
