@@ -1,7 +1,7 @@
 """Where a function sits on the guest's PCI buses, and its configuration space through ports 0xcf8/0xcfc.
 
 Every access is an HMP command `o` or `i` on a stopped VM, so that QEMU itself sees it as the guest's
-(docs/design.md, "PCI replay"). In HMP, `/b`, `/h` and `/w` are 8, 16 and 32 bits.
+(docs/design.md, "Saving and loading"). In HMP, `/b`, `/h` and `/w` are 8, 16 and 32 bits.
 """
 
 from __future__ import annotations

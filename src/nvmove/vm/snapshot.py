@@ -1,4 +1,4 @@
-"""savevm, loadvm and their QMP jobs: what nvmove does around QEMU's own commands (docs/design.md, "Snapshots").
+"""savevm, loadvm and their QMP jobs: what nvmove does around QEMU's (docs/design.md, "Saving and loading").
 
 save: stop the VM → devices at rest → read the MSI-X tables → QEMU's command (which calls our D-Bus `Save`) → run on.
 load: stop the VM → devices at rest → QEMU's command (reset, then our D-Bus `Load`) → PCI replay → run on.
