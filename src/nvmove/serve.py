@@ -9,6 +9,8 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from nvmove.block.backend import BackendError
 from nvmove.block.config import DriveConfig
 from nvmove.block.fault import FaultRules, FaultyBackend
@@ -20,7 +22,8 @@ from nvmove.nvme.config import ControllerConfig
 from nvmove.options.devices import DriveUse, ParsedController, parse_controllers, parse_device
 from nvmove.options.drives import with_device_actions
 from nvmove.options.faults import add_argument, parse_fault
-from nvmove.options.syntax import OptionError, parse
+from nvmove.options.nulls import null_drive
+from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vfio.transport import ListenError
 
 ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -80,7 +83,7 @@ def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController,
         raise UserError(f"serve: one --device nvme,… is wanted, {len(controllers)} are given", status=2)
     known: dict[str, DriveConfig] = {}
     for text in drives:
-        config = DriveConfig.from_options(parse("--drive", text).values)
+        config = _drive(parse("--drive", text))
         name = config.id or config.node_name
         if not name or name in known:
             raise UserError(f"serve: --drive {text}: every drive needs an id of its own (id=d0)")
@@ -93,6 +96,14 @@ def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController,
         if name not in wanted:
             raise UserError(f"serve: the drive '{name}' is used by no --device")
     return controllers[0], known
+
+
+def _drive(option: Option) -> DriveConfig:
+    null = null_drive(option)
+    if null is None:
+        return DriveConfig.from_options(option.values)
+    values = {key: str(value) for key, value in null.rest.values.items() if key not in ("driver", "format")}
+    return msgspec.structs.replace(DriveConfig.from_options(values), format="raw", null=null.config)
 
 
 def _errors(use: DriveUse, drive: DriveConfig) -> DriveErrors:

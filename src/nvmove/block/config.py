@@ -53,6 +53,20 @@ class OpenOptions(msgspec.Struct, frozen=True, kw_only=True):
         return self.discard == "unmap"
 
 
+NULL_DRIVERS = ("null-co", "null-aio")
+NULL_OPTIONS = ("size", "read-zeroes", "latency-ns")
+
+
+class NullConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A disk without content: the options of QEMU's null-co and null-aio, which are the same here."""
+
+    size: int = 1 << 30
+    read_zeroes: bool = False
+    """Reads give zeroes; else they leave memory as it is."""
+    latency_ns: int = 0
+    """Nanoseconds before a request completes."""
+
+
 class DriveConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`-drive`."""
 
@@ -66,6 +80,8 @@ class DriveConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Taken as QEMU takes it; raw images are read and written in the queue's own thread whatever it says."""
     werror: Literal["report", "ignore", "enospc", "stop"] = "enospc"
     rerror: Literal["report", "ignore", "stop"] = "report"
+    null: NullConfig | None = None
+    """What is opened in place of `file`, which only names it then."""
     others: tuple[tuple[str, str], ...] = ()
     """Options that only QEMU's block layer has (throttling, a format's own, …), in order."""
 

@@ -7,7 +7,8 @@ import msgspec
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.config import DriveConfig
 from nvmove.block.nbd import open_nbd
-from nvmove.block.raw import open_raw
+from nvmove.block.null import NullBackend
+from nvmove.block.raw import RawBackend, open_raw
 
 
 def open_drive(drive: DriveConfig, *, share_rw: bool = False, active: bool = True) -> Backend:
@@ -26,7 +27,19 @@ def open_drive(drive: DriveConfig, *, share_rw: bool = False, active: bool = Tru
     if drive.others:
         raise BackendError(f"drive '{name}': option '{drive.others[0][0]}' is not supported without QEMU")
     options = msgspec.structs.replace(drive.options, share_rw=share_rw)
+    if drive.null is not None:
+        return NullBackend(drive.null, options, active=active)
     scheme, colon, _ = drive.file.partition(":")
     if not colon or "/" in scheme or scheme in ("file", "host_device"):
         return open_raw(drive.file, options=options, active=active)
     return open_nbd(drive.file, options=options)
+
+
+def open_local(drive: DriveConfig, *, active: bool = True) -> RawBackend | NullBackend:
+    """Open what nvmove serves itself beside a QEMU: a raw image or a null disk; raises BackendError, one line.
+
+    `active` is `open_raw`'s.
+    """
+    if drive.null is not None:
+        return NullBackend(drive.null, drive.options, active=active)
+    return open_raw(drive.file, options=drive.options, active=active)

@@ -1,4 +1,4 @@
-"""`-drive` and `-blockdev`: which of them nvmove opens itself (raw files and block devices), and with what options.
+"""`-drive` and `-blockdev`: which of them nvmove opens itself (raw images and null disks), and with what options.
 
 A drive is nvmove's only when every word of it is understood here; all others stay QEMU's, which knows them all.
 """
@@ -10,8 +10,10 @@ from typing import Any
 
 import msgspec
 
-from nvmove.block.config import CACHE_MODES, DriveConfig, OpenOptions
+from nvmove.block.config import CACHE_MODES, NULL_DRIVERS, NULL_OPTIONS, DriveConfig, OpenOptions
+from nvmove.block.null import describe
 from nvmove.options import syntax
+from nvmove.options.nulls import null_config, null_drive
 from nvmove.options.syntax import Option
 
 DEFAULT_WERROR, DEFAULT_RERROR = "enospc", "report"
@@ -79,6 +81,7 @@ _FILE_NODE_KEYS = frozenset(
         "cache.no-flush",
     ]
 )
+_NULL_NODE_KEYS = _FILE_NODE_KEYS - {"filename", "locking", "aio"} | set(NULL_OPTIONS)
 _INHERITED = ("cache.direct", "cache.no-flush", "read-only", "auto-read-only")
 _LOCAL = ("file", "host_device")
 
@@ -103,6 +106,10 @@ def read_drive(option: Option, snapshot: bool) -> Drive:
     for name in option.values:
         if name.startswith(_BACKEND_ONLY):
             raise option.error(f"{name} is not supported yet; use -object throttle-group and -blockdev driver=throttle")
+    given = option
+    null = null_drive(option)
+    if null is not None:
+        option = null.rest
     cdrom = option.get("media") == "cdrom"
     config = DriveConfig(
         id=option.get("id"),
@@ -113,18 +120,19 @@ def read_drive(option: Option, snapshot: bool) -> Drive:
         aio=_aio(option, "aio"),
         werror=werror,
         rerror=rerror,
+        null=null.config if null is not None else None,
     )
-    path = _local_path(config.file, option.get("file.driver"))
+    path = config.file if null is not None else _local_path(config.file, option.get("file.driver"))
     in_qemu = (
         snapshot
         or syntax.boolean(option, "snapshot", False)
-        or config.format != "raw"
+        or config.format not in ("raw", *(() if null is None else NULL_DRIVERS))
         or path is None
         or not set(option.values) <= _DRIVE_KEYS
     )
     if path is not None and not in_qemu:
         config = msgspec.structs.replace(config, file=path)
-    return Drive(config=config, in_qemu=in_qemu, option=option, nodes=(config.node_name,) if config.node_name else ())
+    return Drive(config=config, in_qemu=in_qemu, option=given, nodes=(config.node_name,) if config.node_name else ())
 
 
 def without_error_actions(option: Option) -> Option:
@@ -168,20 +176,24 @@ def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[s
         elif not below:
             plain, protocol = _inline(plain)
             below = str(protocol.values.get("node-name", ""))
-    known = _RAW_NODE_KEYS if plain.values.get("driver") == "raw" else _FILE_NODE_KEYS
-    local = protocol.values.get("driver") in _LOCAL and "filename" in protocol.values
+    driver = str(protocol.values.get("driver", ""))
+    null = null_config(protocol) if driver in NULL_DRIVERS else None
+    known_below = _FILE_NODE_KEYS if null is None else _NULL_NODE_KEYS
+    known = _RAW_NODE_KEYS if plain.values.get("driver") == "raw" else known_below
+    local = null is not None or (driver in _LOCAL and "filename" in protocol.values)
     in_qemu = (
         not local
         or not set(plain.values) <= known
-        or not set(protocol.values) <= _FILE_NODE_KEYS
+        or not set(protocol.values) <= known_below
         or bool({name, below} & shared)
     )
     options = _node_options(plain, protocol)
     config = DriveConfig(
         node_name=name,
-        file=str(protocol.values.get("filename", "")),
-        format="raw" if local else str(plain.values.get("driver", "")) or None,
+        file=describe(driver, null) if null is not None else str(protocol.values.get("filename", "")),
+        format="raw" if local and null is None else str(plain.values.get("driver", "")) or None,
         options=options,
+        null=null,
         aio="threads" if in_qemu else _aio(protocol, "aio"),
     )
     gone = (name, below) if below and not in_qemu else (name,)

@@ -64,6 +64,7 @@ def entry(drive: ServedDrive) -> dict[str, Any]:
     """Return the BlockInfo (QEMU's QAPI) of a drive that nvmove opened itself."""
     options = drive.config.options
     path = drive.config.file
+    driver = drive.config.format or "raw"
     return {
         **_io_status(drive),
         "device": drive.name,
@@ -77,7 +78,7 @@ def entry(drive: ServedDrive) -> dict[str, Any]:
                 "limits": _limits(drive),
                 "virtual-size": drive.backend.size,
                 "filename": path,
-                "format": "raw",
+                "format": driver,
                 "actual-size": _actual_size(path),
                 "dirty-flag": False,
             },
@@ -86,7 +87,7 @@ def entry(drive: ServedDrive) -> dict[str, Any]:
             "children": [],
             "node-name": drive.node,
             "backing_file_depth": 0,
-            "drv": "raw",
+            "drv": driver,
             "iops": 0,
             "bps_wr": 0,
             "write_threshold": 0,

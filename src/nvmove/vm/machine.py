@@ -18,8 +18,10 @@ from qemu.qmp.protocol import ConnectError
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.late import LateBackend
+from nvmove.block.null import NullBackend
+from nvmove.block.open import open_local
 from nvmove.block.policy import DriveErrors, ErrorPolicy
-from nvmove.block.raw import RawBackend, open_raw
+from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
@@ -132,7 +134,7 @@ class Machine:
     def _open_drives(self) -> None:
         for plan in self._plan.drives:
             late = LateBackend() if plan.in_qemu else None
-            image: Backend = late or open_raw(plan.config.file, options=plan.config.options)
+            image: Backend = late or open_local(plan.config)
             backend = FaultyBackend(image, self._faults, plan.names)
             errors = DriveErrors(ErrorPolicy(plan.config.werror), ErrorPolicy(plan.config.rerror))
             self._drives[plan.key] = _Drive(plan, backend, late, IoStatus(errors), plan.node)
@@ -209,7 +211,7 @@ class Machine:
         (device,) = (device for device in self._devices if device.id == drive.plan.device)
         image: Resizable | Export
         if drive.late is None:
-            assert isinstance(drive.backend.image, RawBackend)
+            assert isinstance(drive.backend.image, RawBackend | NullBackend)
             image = drive.backend.image
         else:
             image = exports[key]
