@@ -39,6 +39,7 @@ from nvmove.vfio.device import (
     IrqAction,
     RegionInfo,
 )
+from nvmove.vfio.dirty import DirtyReport
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.transport import Server
 
@@ -171,6 +172,29 @@ class NvmeDevice:
             self._table = state.pci.msix_table
             self._loaded = state.pci
             self.loads += 1
+
+    # --- migration ---------------------------------------------------------------------------------------------------
+
+    def track_dirty(self, on: bool) -> None:
+        """From now on mark what the device writes to guest memory dirty in QEMU, or no more; the device may run.
+
+        On again forgets what was recorded before.
+        """
+        if on:
+            self._memory.dirty.start_marking()
+        else:
+            self._memory.dirty.stop_marking()
+
+    def mark_dirty(self) -> DirtyReport:
+        """Mark what could not be marked while the guest ran; the device is paused and the VM stopped. Waits.
+
+        Raises DmaError when QEMU refuses or is gone; it can be called again then.
+        """
+        if not self.controller.paused:
+            raise RuntimeError("mark_dirty of a device that is not paused")
+        return self._memory.mark_dirty()
+
+    # --- inspection --------------------------------------------------------------------------------------------------
 
     def inspect(self) -> dict[str, Any]:
         """Return what the device is and does now, as a tree of plain values; also while it runs."""

@@ -326,3 +326,52 @@ def test_resume_recovers_each_disk_once_before_anything_is_tried_again(caplog: p
     assert (disk.recovered, made.controller.paused, made.held) == (1, False, 0)
     assert caplog.messages == ["nvme0: Could not connect to 'nbd://h/e': Connection refused"]
     made.close()
+
+
+def test_data_is_marked_before_its_completion_and_the_completion_at_the_switch_over(device: NvmeDevice) -> None:
+    with connected(device) as client:
+        ram = enable(client)
+        fd = vector0(client)
+        device.track_dirty(True)
+        client.answers_dma = False
+        identify(client, ram)
+        while not client.unanswered:
+            client.config(0, 4)
+        assert ram[ACQ + 12 : ACQ + 16] == bytes(4), "completed before its page was marked"
+        assert [message.parse_dma_access(memoryview(data))[0] for _, data in client.unanswered] == [0x3000]
+        client.answer_dma()
+        assert signalled(fd) == 1
+        with pytest.raises(RuntimeError, match="not paused"):
+            device.mark_dirty()
+        device.pause(5)
+        assert device.mark_dirty().pages == 1
+        assert device.mark_dirty().pages == 0
+        device.track_dirty(False)
+        os.close(fd)
+
+
+def test_a_client_lost_while_marking_leaves_the_device_usable(device: NvmeDevice) -> None:
+    for _ in range(2):
+        with connected(device) as client:
+            ram = enable(client)
+            device.track_dirty(True)
+            client.answers_dma = False
+            identify(client, ram)
+            while not client.unanswered:
+                client.config(0, 4)
+            client.close()
+        assert device.inspect()["memory"] == []
+
+
+def test_a_reset_while_marking_does_not_wait_for_the_client(device: NvmeDevice) -> None:
+    with connected(device) as client:
+        ram = enable(client)
+        device.track_dirty(True)
+        client.answers_dma = False
+        identify(client, ram)
+        while not client.unanswered:
+            client.config(0, 4)
+        client.reset()
+        client.answer_dma()
+        device.pause(5)
+        assert device.mark_dirty().pages == 1  # the command's data, which was not marked in time

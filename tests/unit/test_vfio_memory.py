@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
 from nvmove.nvme.seams import DmaError, Segment
+from nvmove.vfio.device import Buffer
 from nvmove.vfio.memory import GuestMemory
 
 PAGE = 4096
@@ -29,11 +30,15 @@ class FakeClient:
             raise DmaError("refused")
         return bytes(self.ram.get(address + i, 0) for i in range(length))
 
-    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+    def dma_write(self, address: int, data: Buffer) -> None:
         self.calls.append(("write", address, len(data)))
         if address + len(data) > self.limit:
             raise DmaError("refused")
         self.ram.update(enumerate(bytes(data), address))
+
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+        for address, data in runs:
+            self.dma_write(address, data)
 
 
 def add(

@@ -7,10 +7,11 @@ What takes longer answers later, through the callback it is given.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+Buffer = bytes | bytearray | memoryview
 # VFIO's region and IRQ indexes of a PCI device (linux/vfio.h).
 BAR0_REGION = 0
 CONFIG_REGION = 7
@@ -62,8 +63,11 @@ class Client(Protocol):
     def dma_read(self, address: int, length: int) -> bytes:
         """Read guest memory through the client (VFIO_USER_DMA_READ), in pieces as it allows."""
 
-    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+    def dma_write(self, address: int, data: Buffer) -> None:
         """Write guest memory through the client (VFIO_USER_DMA_WRITE); on return the client has written it."""
+
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+        """Write runs of (address, data), in order; on return the client has answered for all of them."""
 
 
 class Device(Protocol):

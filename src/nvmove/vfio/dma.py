@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio import message
+from nvmove.vfio.device import Buffer
 from nvmove.vfio.message import Command, Header
 
 log = logging.getLogger(__name__)
@@ -67,13 +68,22 @@ class DmaChannel:
         exchanges = [self._start(Command.DMA_READ, address + at, count) for at, count in _pieces(length, size)]
         return b"".join(exchange.wait() for exchange in exchanges)
 
-    def dma_write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+    def dma_write(self, address: int, data: Buffer) -> None:
         """Store `data` into guest memory; on return the client has it there. Raises DmaError."""
-        view = memoryview(data).cast("B")
-        exchanges = [
-            self._start(Command.DMA_WRITE, address + at, count, view[at : at + count])
-            for at, count in _pieces(len(view), self._max_size)
-        ]
+        self.dma_write_all([(address, data)])
+
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+        """Store runs of (address, data) into guest memory, in order, several messages under way at once.
+
+        On return the client has answered all of them. Raises DmaError when it refused one, or is gone.
+        """
+        exchanges: list[_Exchange] = []
+        for address, data in runs:
+            view = memoryview(data).cast("B")
+            for at, count in _pieces(len(view), self._max_size):
+                exchanges.append(self._start(Command.DMA_WRITE, address + at, count, view[at : at + count]))
+        for exchange in exchanges:
+            exchange.answered.wait()
         for exchange in exchanges:
             exchange.wait()
 

@@ -4,8 +4,11 @@ Regions with a file descriptor are mmaps, read and written in place. Regions wit
 message, with bounce buffers. A transfer holds its mapped regions until it is finished: an unmap that meets one in use
 takes the region away from new transfers at once and reports itself done when the last old one is.
 
+What a transfer writes through a mapping is marked dirty at its end, while somebody wants to know (vfio/dirty.py).
+
 Regions without a descriptor are not waited for. The client's main loop, which would serve their messages, is what
-waits for the unmap; it checks every address itself, so a late message finds no memory, not foreign memory.
+waits for the unmap; it checks every address itself, so a late message finds no memory, not foreign memory. For the same
+reason a transfer gives its mapped regions back before it waits for answers to what it writes by message.
 
 A client that shrinks a file it has shared kills this process (SIGBUS), as with any mmap: it is trusted that far.
 """
@@ -13,14 +16,22 @@ A client that shrinks a file it has shared kills this process (SIGBUS), as with 
 from __future__ import annotations
 
 import errno
+import logging
 import mmap
 import os
 import threading
+import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio.device import Client
+from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, span, split
+
+log = logging.getLogger(__name__)
+
+Run = tuple[int, memoryview]
+"""A guest address and what is there: a view into a mapping, or a copy."""
 
 
 class _Unmap:
@@ -56,13 +67,14 @@ class _Region:
 class MemoryTransfer:
     """A `Transfer`: views into the mmaps, bounce buffers where there are none."""
 
-    __slots__ = ("_bounces", "_memory", "_regions", "buffers")
+    __slots__ = ("_bounces", "_memory", "_regions", "_written", "buffers")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.buffers: Sequence[memoryview] = ()
         self._memory = memory
         self._regions: list[_Region] = []
-        self._bounces: list[tuple[int, memoryview]] = []
+        self._bounces: list[Run] = []
+        self._written: list[Run] = []
 
     def finish(self, commit: bool = True) -> None:
         """Give the memory back; see `Transfer.finish`."""
@@ -74,6 +86,7 @@ class GuestMemory:
 
     def __init__(self) -> None:
         self.client: Client | None = None
+        self.dirty = DirtyTracking()
         self._lock = threading.Lock()
         self._starts: list[int] = []
         self._regions: list[_Region] = []
@@ -168,13 +181,15 @@ class GuestMemory:
             if view is not None and region.writable and address + length <= region.end:
                 start = address - region.start
                 view[start : start + length] = data
+                if self.dirty.active:
+                    self.dirty.record(address, length)
                 return
         transfer = self.acquire((Segment(address, length),), to_guest=True)
         done = 0
         for buffer in transfer.buffers:
             buffer[:] = data[done : done + len(buffer)]
             done += len(buffer)
-        transfer.finish()
+        self._finish(transfer, commit=True, mark=False)
 
     def acquire(self, segments: Sequence[Segment], to_guest: bool) -> MemoryTransfer:
         """Take the memory of `segments`, one buffer or more each; neighbours in one region become one buffer."""
@@ -221,20 +236,45 @@ class GuestMemory:
                 buffer = region.view[start : start + count]
                 region.uses += 1
                 transfer._regions.append(region)
+                if to_guest:
+                    transfer._written.append((address, buffer))
             buffers.append(buffer)
             address += count
             length -= count
 
-    def _finish(self, transfer: MemoryTransfer, commit: bool) -> None:
-        regions, bounces = transfer._regions, transfer._bounces
-        transfer._regions, transfer._bounces, transfer.buffers = [], [], ()
+    def _finish(self, transfer: MemoryTransfer, commit: bool, mark: bool = True) -> None:
+        regions, bounces, written = transfer._regions, transfer._bounces, transfer._written
+        transfer._regions, transfer._bounces, transfer._written, transfer.buffers = [], [], [], ()
+        marks: list[tuple[int, bytes]] = []
+        if written and self.dirty.active:
+            if mark and commit and self.dirty.marking:
+                marks = [_copy(run, start, end) for run in written for start, end in split(run[0], len(run[1]))]
+            else:
+                self._record(written)
+        # Before any message is waited for: a client that is in an unmap of these regions answers when it is done.
+        self._release(regions)
         try:
             if bounces and commit:
-                client = self._require_client()
-                for address, buffer in bounces:
-                    client.dma_write(address, buffer)
-        finally:
-            self._release(regions)
+                self._require_client().dma_write_all(bounces)
+            if marks:
+                self._mark(marks)
+        except DmaError:
+            if marks:
+                self._record(written)
+            raise
+
+    def _mark(self, marks: list[tuple[int, bytes]]) -> None:
+        """Write again what a transfer wrote; what could not be is left for the switch-over."""
+        try:
+            self._require_client().dma_write_all(marks)
+        except DmaError as error:
+            log.debug("pages were not marked dirty: %s", error)
+            for address, data in marks:
+                self.dirty.record(address, len(data))
+
+    def _record(self, written: Sequence[Run]) -> None:
+        for address, buffer in written:
+            self.dirty.record(address, len(buffer))
 
     def _release(self, regions: list[_Region]) -> None:
         finished: list[_Unmap] = []
@@ -249,10 +289,53 @@ class GuestMemory:
         for unmap in finished:
             unmap.done(0)
 
+    # The owner's side: any thread but the control thread.
+
+    def mark_dirty(self) -> DirtyReport:
+        """Mark the pages that were recorded; nothing may write to guest memory meanwhile, the guest neither.
+
+        Raises DmaError when the client refuses or is gone: the pages stay recorded.
+        """
+        began = time.monotonic()
+        recorded = self.dirty.recorded.take()
+        pages = sent = 0
+
+        def marks() -> Iterator[tuple[int, bytes]]:
+            nonlocal pages, sent
+            for start, end in runs(recorded):
+                for address, data in self._copies(start, end):
+                    pages += (address + len(data) - 1) // PAGE - address // PAGE + 1
+                    sent += len(data)
+                    yield address, data
+
+        if recorded:
+            try:
+                self._require_client().dma_write_all(marks())
+            except DmaError:
+                self.dirty.recorded.add_all(recorded)
+                raise
+        return DirtyReport(pages, sent, time.monotonic() - began)
+
+    def _copies(self, start: int, end: int) -> list[tuple[int, bytes]]:
+        """Copy what must be written again of the regions between `start` and `end`; what is unmapped needs nothing."""
+        with self._lock:
+            return [
+                _copy((region.start, region.view), max(start, region.start), min(end, region.end))
+                for region in self._overlapping(start, end)
+                if region.view is not None and region.writable
+            ]
+
     def _require_client(self) -> Client:
         if self.client is None:
             raise DmaError("no client is connected")
         return self.client
+
+
+def _copy(run: Run, start: int, end: int) -> tuple[int, bytes]:
+    """Copy what must be written again of `run`, between `start` and `end`, to mark every page of it."""
+    address, buffer = run
+    start, end = span(start, end)
+    return start, bytes(buffer[start - address : end - address])
 
 
 def _merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:

@@ -1,0 +1,116 @@
+"""Which pages of guest memory the device has written, for whoever copies that memory while the guest runs.
+
+What the device writes through its own mapping of guest memory is seen by nobody. Two kinds of copier want to know it:
+
+- QEMU marks a page dirty when it is written through a DMA_WRITE message, and only then (found by experiment). So while
+  it migrates, *marking* is on: a command's data is written again by message after it is in place and before the
+  command's completion, as long as the guest may not touch it. What is written without a completion to wait for (the
+  completions themselves, shadow doorbells' EventIdx) is recorded, and written again when the VM has stopped. A page
+  that the guest owns while it runs is never written again: the guest's own store could be lost.
+- A client that drives the protocol's own migration asks for a *log*, and gets it as bitmaps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+PAGE = 4096
+"""Bytes of a page: the granularity of everything here, and no coarser than that of any guest."""
+RUN = 1 << 20
+"""Bytes of the longest run that is marked with one message."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyReport:
+    """What marking at the switch-over took: pages marked, bytes sent for it, and how long it took."""
+
+    pages: int
+    bytes: int
+    seconds: float
+
+
+class DirtyPages:
+    """A set of page numbers, for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pages: set[int] = set()
+
+    def add(self, address: int, length: int) -> None:
+        """Put in the pages of a run of memory of at least one byte."""
+        pages = range(address // PAGE, (address + length - 1) // PAGE + 1)
+        with self._lock:
+            self._pages.update(pages)
+
+    def add_all(self, pages: Iterable[int]) -> None:
+        """Put in page numbers."""
+        with self._lock:
+            self._pages.update(pages)
+
+    def take(self) -> list[int]:
+        """Return the page numbers in order, and be empty."""
+        with self._lock:
+            pages, self._pages = self._pages, set()
+        return sorted(pages)
+
+    def clear(self) -> None:
+        """Be empty."""
+        with self._lock:
+            self._pages.clear()
+
+
+class DirtyTracking:
+    """What is written where, while somebody wants to know: one device's."""
+
+    def __init__(self) -> None:
+        self.active = False
+        """Whether anybody wants to know. Look at it after the data is in place: who asks later finds it there."""
+        self.marking = False
+        """Whether what was written is to be written again by message."""
+        self.recorded = DirtyPages()
+        """Pages to be marked at the switch-over."""
+
+    def start_marking(self) -> None:
+        """Mark from now on; what was recorded before is forgotten."""
+        self.recorded.clear()
+        self.marking = self.active = True
+
+    def stop_marking(self) -> None:
+        """Mark no more, and forget what was recorded."""
+        self.marking = self.active = False
+        self.recorded.clear()
+
+    def record(self, address: int, length: int) -> None:
+        """Bytes were written to which no completion corresponds, or whose marking failed."""
+        if self.marking:
+            self.recorded.add(address, length)
+
+
+def runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Join page numbers in order to runs of memory, (start, end) in bytes, of at most `RUN` bytes."""
+    at = 0
+    while at < len(pages):
+        last = at
+        while last + 1 < len(pages) and pages[last + 1] == pages[last] + 1 and last + 1 - at < RUN // PAGE:
+            last += 1
+        yield pages[at] * PAGE, (pages[last] + 1) * PAGE
+        at = last + 1
+
+
+def split(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a run of memory into (start, end) of at most `RUN` bytes, between pages."""
+    end = address + length
+    while address < end:
+        stop = min(end, address // PAGE * PAGE + RUN)
+        yield address, stop
+        address = stop
+
+
+def span(start: int, end: int) -> tuple[int, int]:
+    """Return the shortest part of a run that touches every page of it: of one or two pages, a byte of each."""
+    first_end = (start // PAGE + 1) * PAGE
+    if end <= first_end:
+        return start, start + 1
+    return first_end - 1, (end - 1) // PAGE * PAGE + 1
