@@ -19,4 +19,5 @@ test-guest: dev sysroot
 demo: install sysroot ## the story of the README on a real guest
 	@.venv/bin/nvmove demo
 clean:
+	find src -name '*.so' -delete
 	rm -rf .venv build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage

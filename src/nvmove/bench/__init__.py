@@ -1,0 +1,1 @@
+"""`nvmove bench`: what nvmove costs, measured beside what it is compared with."""

@@ -1,0 +1,52 @@
+"""The hot loop of a host-side NVMe driver (initiator.pyx)."""
+
+OK: int
+STALLED: int
+"""No command completed for as long as `stall` says."""
+HUNG_UP: int
+"""The device has closed the connection."""
+
+class Ring:
+    """One I/O queue pair in `ram`, whose byte 0 is guest address 0; for one thread at a time, and never two jobs."""
+
+    def __init__(self, ram: memoryview, sq: int, cq: int, entries: int, qid: int, fd: int) -> None:
+        """`sq` and `cq` are the rings' offsets in `ram`. Doorbells are posted writes over the vfio-user socket `fd`."""
+
+    def use_cells(self, cells: memoryview, sq: int, cq: int, events: tuple[int, int] | None) -> None:
+        """Store doorbells at these offsets in `cells` from now on.
+
+        Without `events` that is all: mapped doorbells. With them, the offsets of the two EventIdx, these are shadow
+        doorbells, and a message follows when the device asks for it.
+        """
+
+    def stop(self) -> None:
+        """Let `run` issue nothing more; from any thread."""
+
+    def run(
+        self,
+        *,
+        data: int,
+        lists: int,
+        depth: int,
+        size: int,
+        block: int,
+        first: int,
+        blocks: int,
+        read_percent: int,
+        sequential: bool,
+        seconds: float,
+        count: int = 0,
+        seed: int = 1,
+        check: bool = False,
+        stall: float = 10.0,
+    ) -> tuple[int, int, int, int, float, int, int, dict[int, int]]:
+        """Keep `depth` commands of `size` bytes under way for `seconds` or until `count` were issued; await the last.
+
+        `data` and `lists` are offsets in `ram` of `depth` buffers (whole pages each) and of `depth` pages for PRPs.
+        The range is `blocks` blocks of `block` bytes from LBA `first`. With `check`, writes carry a pattern of `seed`
+        and their LBA, and reads are compared with it.
+
+        Return how it ended (OK, …), completions, errors, reads that differ, seconds, doorbell messages, the last status
+        that was not 0, and latencies: the number of commands by bucket (`results.bucket_ns`).
+        Raises ValueError for what does not fit.
+        """
