@@ -16,6 +16,7 @@ from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import marked, wait_gone
 from nvmove.lab.sysroot import Sysroot, find_sysroot
+from tests.guest.failing_disks import SmallDisk
 
 MachineFactory = Callable[..., Machine]
 
@@ -88,6 +89,18 @@ def machine(tree: Sysroot, work: Path) -> Iterator[Machine]:
     """A machine behind `nvmove run`."""
     with clean_machine(tree, front(), work) as machine:
         yield machine
+
+
+@pytest.fixture
+def small(work: Path) -> Iterator[SmallDisk]:
+    """A filesystem of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small filesystem")
+    disk = SmallDisk(work / "small", 4)
+    try:
+        yield disk
+    finally:
+        disk.unmount()
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +15,7 @@ from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import MachineFactory, assert_nothing_left, clean_machine, disk, make_image, savevm
-
-FIO = Fio("full", blocks=2048, iodepth=32)
-"""8 MiB of writes."""
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a small filesystem is mounted")
-
-
-class SmallDisk:
-    """A filesystem in memory that is too small for what is to come."""
-
-    def __init__(self, path: Path, mebibytes: float) -> None:
-        self.path = path
-        path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", self._size(mebibytes), "nvmove-test", str(path)], check=True)
-
-    def make_room(self, mebibytes: float) -> None:
-        subprocess.run(["mount", "-o", f"remount,{self._size(mebibytes)}", str(self.path)], check=True)
-
-    def unmount(self) -> None:
-        subprocess.run(["umount", "-l", str(self.path)], check=True)
-
-    @staticmethod
-    def _size(mebibytes: float) -> str:
-        return f"size={int(mebibytes * 1024)}k"
-
-
-@pytest.fixture
-def small(work: Path) -> Iterator[SmallDisk]:
-    disk = SmallDisk(work / "small", 4)
-    try:
-        yield disk
-    finally:
-        disk.unmount()
-
-
-def io_status(machine: Machine, name: str = "d0") -> str:
-    (found,) = (info for info in machine.qmp.execute("query-block") if info["device"] == name)
-    return str(found["io-status"])
-
-
-def wait_pause(machine: Machine, device: str = "nvmove0") -> dict[str, Any]:
-    """Wait until an error has stopped the VM, with QEMU's events in QEMU's order; return the first error's data."""
-    error = machine.qmp.wait_event("BLOCK_IO_ERROR")
-    assert error["data"]["action"] == "stop"
-    later = machine.qmp.wait_event("BLOCK_IO_ERROR", "STOP", "RESUME")
-    while later["event"] == "BLOCK_IO_ERROR":
-        later = machine.qmp.wait_event("BLOCK_IO_ERROR", "STOP", "RESUME")
-    assert later["event"] == "STOP"
-    assert machine.qmp.execute("query-status") == {"status": "io-error", "running": False}
-    machine.qmp.execute("qom-get", {"path": error["data"]["qom-path"], "property": "type"})
-    data: dict[str, Any] = error["data"]
-    return data
-
-
-def wait_full(machine: Machine) -> None:
-    """Wait for the pause that a full disk causes."""
-    error = wait_pause(machine)
-    assert (error["operation"], error["nospace"], error["reason"]) == ("write", True, "No space left on device")
-    assert error["device"] == "d0"
-    assert io_status(machine) == "nospace"
-
-
-def cont(machine: Machine) -> None:
-    machine.qmp.execute("cont")
-    machine.qmp.wait_event("RESUME")
-
-
-def finish(machine: Machine, fio: Fio = FIO) -> None:
-    """fio ends and verifies; the guest has noticed nothing."""
-    fio.wait(machine.console)
-    assert disk_complaints(machine.console) == []
-    assert machine.qmp.status == "running"
-    assert io_status(machine) == "ok"
+from tests.guest.failing_disks import FIO, SmallDisk, cont, fault, finish, io_status, wait_full, wait_pause
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
@@ -212,10 +137,6 @@ def test_system_reset_while_requests_are_held_drops_them_and_the_guest_boots(
     assert machine.quit() == 0
 
 
-def fault(machine: Machine, **rule: Any) -> int:
-    return int(machine.qmp.execute("nvmove-fault-add", rule)["id"])
-
-
 def test_a_read_error_pauses_where_rerror_says_so(machine: Machine, tree: Sysroot, work: Path) -> None:
     machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"), device="rerror=stop")])
     rule = fault(machine, op="read", lba=1000, errno="EIO")
@@ -270,29 +191,6 @@ def test_a_read_error_looks_as_it_does_with_qemus_virtio_blk(tree: Sysroot, work
     with clean_machine(tree, front, work / "ours") as machine:
         assert what_a_user_sees(machine, nvme) == expected
     assert expected[1][1] == "BLOCK_IO_ERROR"
-
-
-def test_all_writes_in_flight_are_held_by_one_stop(machine: Machine, tree: Sysroot, work: Path) -> None:
-    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))])
-    qmp = machine.qmp
-    rule = fault(machine, op="write", errno="ENOSPC", delay="200ms")
-    FIO.start(machine.console)
-    wait_pause(machine)
-    qmp.events.clear()
-    for _ in range(3):
-        (found,) = qmp.execute("nvmove-fault-list")
-        qmp.execute("cont")
-        while qmp.status != "io-error":
-            time.sleep(0.05)
-        (again,) = qmp.execute("nvmove-fault-list")
-        assert again["hits"] > found["hits"]
-        names = [event["event"] for event in qmp.events]
-        assert (names.count("RESUME"), names.count("STOP")) == (1, 1)
-        qmp.events.clear()
-    qmp.execute("nvmove-fault-remove", {"id": rule})
-    cont(machine)
-    finish(machine)
-    assert machine.quit() == 0
 
 
 def test_cont_in_quick_succession_loses_nothing(machine: Machine, tree: Sysroot, work: Path) -> None:

@@ -23,14 +23,17 @@ class Fio:
     iodepth: int = 16
     rate: int = 0
     """Writes per second at most; 0: as fast as it goes."""
+    cpu: int | None = None
+    """The guest's CPU it runs on: Linux gives each its own queue."""
 
     def command(self) -> str:
         """fio's command line."""
-        rate = f" --rate_iops={self.rate * 100},{self.rate}" if self.rate else ""
+        more = f" --rate_iops={self.rate * 100},{self.rate}" if self.rate else ""
+        more += f" --cpus_allowed={self.cpu}" if self.cpu is not None else ""
         return (
             f"fio --name={self.name} --filename={self.device} --rw=randwrite --bs={self.block_size}"
             f" --offset={self.offset} --size={self.blocks * self.block_size} --ioengine=libaio"
-            f" --iodepth={self.iodepth} --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1{rate}"
+            f" --iodepth={self.iodepth} --direct=1 --verify=crc32c --verify_fatal=1 --do_verify=1{more}"
         )
 
     def start(self, console: Console) -> None:
