@@ -12,6 +12,7 @@ from nvmove.inspect import inspect
 from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.machine import Machine
 from nvmove.nvme import vmsd
+from nvmove.nvme.state import HeldState
 from nvmove.vmstate.source import FileSource
 
 FIO = Fio("full", blocks=2048, iodepth=32)
@@ -95,12 +96,17 @@ def wait_hits(machine: Machine, rule: int, count: int, timeout: float = 120) -> 
         time.sleep(0.05)
 
 
-def held_requests(machine: Machine, image: Path, tag: str) -> dict[int, list[int]]:
-    """Save the stopped VM as `tag`, in `image`; return the first blocks of what is held, by submission queue."""
+def held_commands(machine: Machine, image: Path, tag: str) -> list[HeldState]:
+    """Save the stopped VM as `tag`, in `image`; return what its one device holds."""
     assert machine.qmp.hmp(f"savevm {tag}") == ""
     with contextlib.closing(FileSource(image)) as source:
         (device,) = inspect(source, tag).devices
+    return vmsd.from_tree(device.tree).controller.held
+
+
+def held_blocks(machine: Machine, image: Path, tag: str) -> dict[int, list[int]]:
+    """As `held_commands`: the first blocks of what is held, by submission queue."""
     held: dict[int, list[int]] = {}
-    for command in vmsd.from_tree(device.tree).controller.held:
+    for command in held_commands(machine, image, tag):
         held.setdefault(command.sqid, []).append(int.from_bytes(command.sqe[40:48], "little"))
     return held
