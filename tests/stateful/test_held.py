@@ -158,7 +158,8 @@ class Machine(RuleBasedStateMachine):
         if not self.commands:
             return
         qid, cid = data.draw(st.sampled_from(sorted(self.commands)))
-        is_held = any(held.cid == cid for held in self.host.controller.sqs[qid].held)
+        # One whose turn to be tried again has come may complete before the Abort is fetched.
+        is_held = any(held.cid == cid and not held.ready for held in self.host.controller.sqs[qid].held)
         done = self.host.admin(Admin.ABORT, cdw10=cid << 16 | qid)
         assert done.status == 0
         assert not (is_held and done.result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.nvme_host import CC, CONFIG, DATA, Completion, Disk, Host, Lines, sqe
+from tests.nvme_host import CC, CONFIG, DATA, Completion, Disk, Host, Lines, Ram, sqe
 
 from nvmove.block.backend import Operation
 from nvmove.nvme.command import Command
@@ -536,3 +536,29 @@ def test_a_controller_can_have_no_namespace() -> None:
     host = enabled(config=ControllerConfig(serial="S"))
     assert host.admin(Admin.IDENTIFY, cdw10=1).status == Status.SUCCESS
     assert CONFIG.serial == "S1"
+
+
+class Watched(Ram):
+    """Guest memory with a host that polls: it consumes a completion the moment that it is there."""
+
+    host: Host | None = None
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        super().write(address, data)
+        if self.host is not None:
+            self.host.reap(1)
+
+
+def test_a_host_may_consume_a_completion_before_it_is_signalled() -> None:
+    """The doorbell comes while the writing thread has not gone on: it is right, and leaves the INTx pin low."""
+    ram, lines = Watched(), Lines(msix=False)
+    host = ready(ram=ram, lines=lines)
+    ram.host = host
+    for _ in range(40):
+        host.submit(1, Nvm.FLUSH, nsid=1)
+        host.drain()
+        assert not lines.up()
+        assert host.controller.cqs[1].is_empty
+    ram.host = None
+    host.submit(0, Admin.ASYNC_EVENT_REQUEST)
+    assert events(host) == []

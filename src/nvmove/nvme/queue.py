@@ -4,7 +4,7 @@ A command is only fetched with a permit: a completion queue slot reserved for it
 submission queues, and a completion always finds its slot.
 
 Everything here wants the controller's lock, but for `CompletionQueue.posting`, which is taken before that lock: entries
-are written, counted and signalled one after the other, so that what is counted is in guest memory.
+are counted, written and signalled one after the other, so that what is signalled is in guest memory.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class CompletionQueue:
         self.reserved -= count
 
     def advance(self) -> None:
-        """The entry at the tail is in guest memory; its permit is used up."""
+        """The entry at the tail is about to be written; its permit is used up."""
         self.reserved -= 1
         self.tail += 1
         if self.tail == self.size:

@@ -131,12 +131,17 @@ class Runner:
         self._post(command.sq, command.cid, status, result)
 
     def _post(self, sq: SubmissionQueue, cid: int, status: int, result: int) -> None:
-        """Write a completion into the slot that a permit holds, and tell the host."""
+        """Write a completion into the slot that a permit holds, and tell the host.
+
+        The host may see the entry, and say so by doorbell, before this thread gets further: so the tail moves first.
+        """
         controller, cq = self._controller, sq.cq
         with cq.posting:
             with self._lock:
                 dead = sq.epoch != controller.epoch or controller.registers.failed
                 address, entry = cq.tail_address, CQE.pack(result, sq.head, sq.sqid, cid, status << 1 | cq.phase)
+                if not dead:
+                    cq.advance()
             if not dead:
                 try:
                     controller.memory.write(address, entry)
@@ -144,7 +149,6 @@ class Runner:
                     controller.fatal(f"completion queue {cq.cqid} is not in guest memory")
                 else:
                     with self._lock:
-                        cq.advance()
                         if sq.epoch == controller.epoch:
                             controller.notify(cq)
         self._leave(sq)
