@@ -1,17 +1,28 @@
 """QEMU's block layer as our back end: its NBD server on a private socket, one export a drive.
 
 QEMU owns every image that is not a raw file; `allow-inactive` lets the export outlive a migration's hand-over.
+The user's own exports lie in the same server (vm/nbdserver.py), so ours have names that nobody guesses.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import secrets
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvmove.block.backend import Backend
 from nvmove.block.nbd import open_nbd
+from nvmove.vm.monitor import QmpError
 from nvmove.vm.runstate import Monitor
+
+REMOVE_SECONDS = 10.0
+"""How long QEMU may take to end an export's connections."""
+
+
+def _name() -> str:
+    return f"nvmove-{secrets.token_hex(16)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,36 +30,50 @@ class Export:
     """One drive of QEMU's that nvmove serves."""
 
     drive: str
-    """The drive's id: the export's name."""
+    """NamespaceConfig.drive."""
     node: str
-    """The block node, by its name or the drive's id."""
+    """The block node when the export is made: a snapshot or a job may put another one in its place."""
     writable: bool
-
-    @property
-    def id(self) -> str:
-        """The export's id in QEMU."""
-        return f"nvmove-{self.drive}"
+    name: str = field(default_factory=_name)
+    """The name at QEMU's NBD server; QEMU's id of the export, too."""
 
 
-async def add_export(monitor: Monitor, export: Export) -> None:
-    """Make QEMU's NBD server, which runs, offer `export`."""
+async def add_export(monitor: Monitor, export: Export, node: str | None = None) -> None:
+    """Make QEMU's NBD server, which runs, offer `export`, on another node when one is given."""
     await monitor.execute(
         "block-export-add",
         {
             "type": "nbd",
-            "id": export.id,
-            "node-name": export.node,
-            "name": export.drive,
+            "id": export.name,
+            "node-name": node or export.node,
+            "name": export.name,
             "writable": export.writable,
             "allow-inactive": True,
         },
     )
 
 
-async def remove_export(monitor: Monitor, export: Export) -> None:
-    """Take `export` away, and its client's connection; on return QEMU's node is free of it."""
-    await monitor.execute("block-export-del", {"id": export.id, "mode": "hard"})
-    while any(found["id"] == export.id for found in await monitor.execute("query-block-exports")):
+async def current_node(monitor: Monitor, export: Export) -> str:
+    """Return the node that `export` is on now."""
+    for found in await monitor.execute("query-block-exports"):
+        if found["id"] == export.name:
+            return str(found["node-name"])
+    return export.node
+
+
+async def remove_export(monitor: Monitor, ident: str) -> None:
+    """Take an export away, and its client's connection; on return QEMU's node is free of it.
+
+    Raises QmpError, also when requests of its client do not end.
+    """
+    await monitor.execute("block-export-del", {"id": ident, "mode": "hard"})
+    deadline = time.monotonic() + REMOVE_SECONDS
+    while any(found["id"] == ident for found in await monitor.execute("query-block-exports")):
+        if time.monotonic() > deadline:
+            raise QmpError(
+                "GenericError",
+                f"The block export does not end: a request of its client takes over {REMOVE_SECONDS:g} s",
+            )
         await asyncio.sleep(0.01)  # it goes when its client is gone
 
 
@@ -56,12 +81,14 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
     """Start QEMU's NBD server at `socket` and connect to an export for each drive; raise BackendError."""
     if not exports:
         return {}
-    await monitor.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(socket)}}})
+    # limits are for the user's clients, and kept where those connect (vm/nbdproxy.py)
+    unlimited = {"max-connections": 0, "handshake-max-seconds": 0}
+    await monitor.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(socket)}}, **unlimited})
     opened: dict[str, Backend] = {}
     try:
         for export in exports:
             await add_export(monitor, export)
-            uri = f"nbd+unix:///{export.drive}?socket={socket}"
+            uri = f"nbd+unix:///{export.name}?socket={socket}"
             opened[export.drive] = await asyncio.to_thread(open_nbd, uri)
     except BaseException:
         for backend in opened.values():

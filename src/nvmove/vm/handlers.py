@@ -18,10 +18,7 @@ from nvmove.vm.snapshot import SnapshotError, Snapshots
 Event = dict[str, Any]
 Out = Callable[[str], None]
 
-_NBD = "QEMU has one NBD server and nvmove uses it for its disks; this is not supported yet"
 _MIGRATION = "live migration of a VM with nvmove disks is not supported yet"
-EXPORT_REFUSALS = dict.fromkeys(("nbd-server-start", "nbd-server-stop", "nbd-server-add", "nbd-server-remove"), _NBD)
-"""Refused while QEMU exports a disk to us."""
 REFUSALS = dict.fromkeys(("migrate", "migrate-incoming"), _MIGRATION)
 """Refused always: QEMU would say "completed" and leave behind what it does not know."""
 
@@ -54,8 +51,7 @@ class Handlers:
         facade.handlers["query-block"] = self._query_block
         facade.hmp_handlers["info block"] = self._info_block
         facade.commands.concurrent |= {"query-block", "info block"}
-        exports = any(drive.in_qemu for drive in self._drives)
-        for name, reason in {**REFUSALS, **(EXPORT_REFUSALS if exports else {})}.items():
+        for name, reason in REFUSALS.items():
             refuse = functools.partial(_refuse, f"{name}: {reason}")
             facade.handlers[name] = facade.hmp_handlers[name.replace("-", "_")] = refuse
         facade.on_event("STOP", self._follow)

@@ -33,6 +33,7 @@ from nvmove.vm.handlers import Handlers
 from nvmove.vm.ioerrors import IoErrors
 from nvmove.vm.iostatus import IoStatus
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
+from nvmove.vm.nbdserver import NbdServer
 from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.plan import Plan, PlannedDrive
 from nvmove.vm.resize import Disk, Resizable, Resize
@@ -69,6 +70,7 @@ class Machine:
         self._devices: list[NvmeDevice] = []
         self._cleanup = contextlib.AsyncExitStack()
         self._process: qemu.QemuProcess | None = None
+        self._nbd_socket = run_directory / "nbd"
         self._signal = 0
         """What ended us before there was a QEMU."""
 
@@ -177,6 +179,11 @@ class Machine:
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
         Handlers(facade, runstate, snapshots, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
+        if exports:
+            shared = [(by_key[key], export) for key, export in exports.items()]
+            nbd_server = NbdServer(facade, shared, self._nbd_socket)
+            nbd_server.register()
+            self._cleanup.push_async_callback(nbd_server.close)
         self._io_errors.connect(facade, runstate, by_key)
         FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
@@ -192,7 +199,7 @@ class Machine:
             drive.node = await _node(facade, drive.plan)
         exports = [Export(key, drive.node, not drive.plan.config.options.read_only) for key, drive in late.items()]
         try:
-            opened = await open_exports(facade, self._run_directory / "nbd", exports)
+            opened = await open_exports(facade, self._nbd_socket, exports)
         except QmpError as error:
             raise UserError(error.desc) from None
         except BackendError:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from nvmove.block.backend import BackendError
 from nvmove.options.syntax import parse_size
-from nvmove.vm.exports import Export, add_export, remove_export
+from nvmove.vm.exports import Export, add_export, current_node, remove_export
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.runstate import RunState
 
@@ -51,13 +51,6 @@ class Resize:
         """Put it into the facade."""
         self._facade.handlers["block_resize"] = self._qmp
         self._facade.hmp_handlers["block_resize"] = self._hmp
-        self._facade.filters.append(self._without_ours)
-
-    def _without_ours(self, event: dict[str, Any]) -> list[dict[str, Any]]:
-        """Drop the events of exports that the user knows nothing of."""
-        ours = {disk.image.id for disk in self._disks if isinstance(disk.image, Export)}
-        hidden = event["event"] == "BLOCK_EXPORT_DELETED" and event.get("data", {}).get("id") in ours
-        return [] if hidden else [event]
 
     def _find(self, device: object, node: object) -> Disk | None:
         for disk in self._disks:
@@ -116,8 +109,9 @@ class Resize:
             return answer
 
     async def _without_export(self, export: Export, work: Callable[[], Awaitable[Any]]) -> Any:
-        await remove_export(self._facade, export)
+        node = await current_node(self._facade, export)
+        await remove_export(self._facade, export.name)
         try:
             return await work()
         finally:
-            await add_export(self._facade, export)
+            await add_export(self._facade, export, node)

@@ -13,9 +13,10 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from nvmove.errors import UserError
-from nvmove.vm.chardev import BACKLOG, Chardev, chardev
+from nvmove.vm.chardev import Chardev, chardev
 from nvmove.vm.endpoints import MonitorEndpoint, MonitorMode, MuxPort, StdioAddress
 from nvmove.vm.hmp import HmpSession
+from nvmove.vm.listener import BACKLOG
 from nvmove.vm.monitor import Facade
 from nvmove.vm.mux import HmpParty, Mux, PortParty, QmpParty, terminal_input
 from nvmove.vm.qmpserver import QmpSession, serve_stream

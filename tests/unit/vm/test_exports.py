@@ -15,7 +15,7 @@ from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.monitor import QmpError
 
 SOCKET = Path("/run/nbd")
-TWO = [Export("d0", "n0", writable=True), Export("d1", "#block3", writable=False)]
+TWO = [Export("d0", "n0", writable=True, name="secret0"), Export("d1", "#block3", writable=False, name="secret1")]
 
 
 class Closed(Disk):
@@ -58,7 +58,7 @@ def test_without_drives_qemus_nbd_server_is_not_started() -> None:
 def test_each_drive_is_exported_by_its_node_and_connected_to(opened: dict[str, Closed]) -> None:
     monitor = FakeMonitor()
     found = asyncio.run(open_exports(monitor, SOCKET, TWO))
-    assert list(opened) == [f"nbd+unix:///{name}?socket=/run/nbd" for name in ("d0", "d1")]
+    assert list(opened) == [f"nbd+unix:///{name}?socket=/run/nbd" for name in ("secret0", "secret1")]
     assert list(found.values()) == list(opened.values())
     assert [name for name, _ in monitor.log] == ["nbd-server-start", "block-export-add", "block-export-add"]
     assert [arguments["node-name"] for _, arguments in monitor.log[1:]] == ["n0", "#block3"]
@@ -67,8 +67,8 @@ def test_each_drive_is_exported_by_its_node_and_connected_to(opened: dict[str, C
 
 
 def test_when_one_is_refused_the_others_are_closed(opened: dict[str, Closed]) -> None:
-    with pytest.raises(QmpError, match="no d1"):
-        asyncio.run(open_exports(FakeMonitor("d1"), SOCKET, TWO))
+    with pytest.raises(QmpError, match="no secret1"):
+        asyncio.run(open_exports(FakeMonitor("secret1"), SOCKET, TWO))
     assert [disk.closed for disk in opened.values()] == [True]
 
 
@@ -84,6 +84,6 @@ def test_when_one_cannot_be_connected_to_the_others_are_closed(
         return answers.pop()
 
     monkeypatch.setattr(exports, "open_nbd", open_nbd)
-    with pytest.raises(BackendError, match=r"cannot connect to nbd\+unix:///d1"):
+    with pytest.raises(BackendError, match=r"cannot connect to nbd\+unix:///secret1"):
         asyncio.run(open_exports(FakeMonitor(), SOCKET, TWO))
     assert first.closed

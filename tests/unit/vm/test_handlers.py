@@ -13,7 +13,7 @@ from tests.nvme_guest import Disk
 from nvmove.block.config import DriveConfig
 from nvmove.nvme.seams import DmaError
 from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.handlers import EXPORT_REFUSALS, REFUSALS, Handlers
+from nvmove.vm.handlers import REFUSALS, Handlers
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.runstate import RunState
@@ -253,30 +253,12 @@ def test_info_block_of_named_nodes_is_qemus() -> None:
     with_bench(test)
 
 
-@pytest.mark.parametrize("name", EXPORT_REFUSALS)
-def test_qemus_nbd_server_is_ours_when_it_carries_a_disk(name: str) -> None:
-    async def test(bench: Bench) -> None:
-        said = await bench.refused(name, {})
-        assert said.startswith(f"{name}: QEMU has one NBD server and nvmove uses it")
-        assert await bench.facade.dispatch_hmp(name.replace("-", "_") + " x") == f"Error: {said}\n"
-
-    with_bench(test)
-
-
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_migration_that_would_leave_the_device_behind_is_refused(name: str) -> None:
     async def test(bench: Bench) -> None:
         said = await bench.refused(name, {"uri": "file:/tmp/x"})
         assert said == f"{name}: live migration of a VM with nvmove disks is not supported yet"
         assert await bench.facade.dispatch_hmp(name.replace("-", "_") + " x") == f"Error: {said}\n"
-
-    with_bench(test, exported=False)
-
-
-def test_qemus_nbd_server_is_the_users_when_it_carries_none() -> None:
-    async def test(bench: Bench) -> None:
-        bench.qemu.answers["nbd-server-start"] = {}
-        assert await bench.facade.dispatch("nbd-server-start", {}) == {}
 
     with_bench(test, exported=False)
 

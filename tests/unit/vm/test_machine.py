@@ -248,8 +248,8 @@ def test_a_disk_in_qemu_is_exported_and_the_guest_gets_its_size(vm: FakeVm, monk
         vm.qemu.die(0)
 
     assert run(vm, meanwhile) == 0
-    assert uris == [f"nbd+unix:///d0?socket={vm.directory}/nbd"]
     (export,) = [request["arguments"] for request in vm.qemu.qemu.requests if request["execute"] == "block-export-add"]
+    assert uris == [f"nbd+unix:///{export['name']}?socket={vm.directory}/nbd"]
     assert (export["node-name"], export["writable"], export["allow-inactive"]) == ("#block7", True, True)
 
 

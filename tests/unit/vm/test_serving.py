@@ -19,7 +19,7 @@ import pytest
 from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.errors import UserError
-from nvmove.vm.chardev import SocketServer, unix_name
+from nvmove.vm.chardev import SocketServer
 from nvmove.vm.endpoints import (
     Address,
     FdAddress,
@@ -33,6 +33,7 @@ from nvmove.vm.endpoints import (
     TcpAddress,
     UnixAddress,
 )
+from nvmove.vm.listener import unix_name
 from nvmove.vm.serving import Monitors
 from nvmove.vm.stream import Stream
 from nvmove.vm.telnet import GREETING, TelnetDecoder
