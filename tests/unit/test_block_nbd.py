@@ -9,6 +9,7 @@ import mmap
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import pytest
 from tests.block_helpers import KIB, MIB, aligned, do, read, start, write
 from tests.nbd_server import ALL, FLUSH, FUA, HAS_FLAGS, READ_ONLY, TRIM, ZEROES, Command, Server, serving
 
-from nvmove.block import libnbd, nbd
+from nvmove.block import libnbd, nbd, revival
 from nvmove.block.backend import BackendError, Operation, Request
 from nvmove.block.config import OpenOptions
 from nvmove.block.nbd import NbdBackend, nbd_unix_uri, open_nbd
+from nvmove.block.revival import Revival
 
 Open = Callable[..., tuple[Server, NbdBackend]]
 
@@ -289,6 +291,13 @@ def test_a_failed_read_before_a_write_fails_the_write(open_export: Open) -> None
     assert write(disk, 512, b"x" * 512) == 0, "its turn has ended"
 
 
+@pytest.fixture
+def no_revival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is lost stays lost until the test does something."""
+    monkeypatch.setattr(Revival, "want", lambda _self: None)
+
+
+@pytest.mark.usefixtures("no_revival")
 def test_a_lost_connection_fails_what_is_under_way_and_what_comes(open_export: Open) -> None:
     server, disk = open_export()
     server.muted.set()
@@ -300,6 +309,41 @@ def test_a_lost_connection_fails_what_is_under_way_and_what_comes(open_export: O
     assert not disk.is_connected
 
 
+def lose(server: Server, disk: NbdBackend) -> None:
+    """Cut the connection, and return when the disk knows."""
+    server.drop()
+    while disk.is_connected:
+        time.sleep(0.001)
+
+
+def test_a_lost_connection_is_made_anew_for_later_requests(open_export: Open) -> None:
+    server, disk = open_export()
+    lose(server, disk)
+    assert write(disk, 0, b"x") == errno.ENOTCONN
+    deadline = time.monotonic() + 20
+    while (error := write(disk, 0, b"y")) and time.monotonic() < deadline:
+        assert error == errno.ENOTCONN
+    assert server.data[:1] == b"y"
+
+
+def test_a_connection_that_cannot_be_made_anew_is_said_once_and_tried_again(
+    open_export: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, disk = open_export()
+    monkeypatch.setattr(revival, "PERIOD", 0.01)
+    uri = disk._uri
+    disk._uri = "nbd+unix:///?socket=/nonexistent"
+    lose(server, disk)
+    deadline = time.monotonic() + 0.2
+    while time.monotonic() < deadline:
+        assert write(disk, 0, b"x") == errno.ENOTCONN
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    disk._uri = uri
+    while write(disk, 0, b"x"):
+        assert time.monotonic() < deadline + 20
+
+
+@pytest.mark.usefixtures("no_revival")
 def test_reconnect_brings_a_lost_disk_back(open_export: Open) -> None:
     server, disk = open_export()
     server.drop()
@@ -311,6 +355,7 @@ def test_reconnect_brings_a_lost_disk_back(open_export: Open) -> None:
     assert server.data[:1] == b"y"
 
 
+@pytest.mark.usefixtures("no_revival")
 def test_recover_connects_again_only_when_the_connection_is_lost(open_export: Open) -> None:
     server, disk = open_export()
     connection = disk._connection
@@ -345,6 +390,7 @@ def test_reconnect_keeps_what_comes_meanwhile(open_export: Open) -> None:
     assert server.data[:2] == b"ab"
 
 
+@pytest.mark.usefixtures("no_revival")
 def test_a_failed_reconnect_can_be_tried_again(open_export: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     server, disk = open_export()
     server.drop()

@@ -16,6 +16,7 @@ from nvmove.block.gate import Gate
 from nvmove.block.libnbd import Handle
 from nvmove.block.linux import address_of
 from nvmove.block.nbd_connection import Connection
+from nvmove.block.revival import Revival
 from nvmove.block.transfer import gather, scatter
 from nvmove.block.turns import Turn, Turns
 from nvmove.block.zeroes import detect_zeroes
@@ -53,6 +54,7 @@ class NbdBackend:
         self._waiting: list[Request] = []
         """What came while the connection was being replaced."""
         self._turns = Turns()
+        self._revival = Revival(self.recover)
         self._connection = self._connect()
 
     @property
@@ -77,7 +79,10 @@ class NbdBackend:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the connection lives; once it does not, every request fails with ENOTCONN until `reconnect`."""
+        """Whether the connection lives. When it does not, requests fail with ENOTCONN, and later ones find a new one.
+
+        As with QEMU's own client (`reconnect-delay=0`).
+        """
         return not self._connection.is_lost
 
     def submit(self, request: Request) -> None:
@@ -95,6 +100,8 @@ class NbdBackend:
             self._gate.leave()
             request.done(error)
             return
+        if self._connection.is_lost:
+            self._revival.want()
         _Job(self._connection, self._turns, self._gate, self._options, request).start()
 
     def refresh_size(self) -> int:
@@ -110,8 +117,9 @@ class NbdBackend:
 
     def recover(self) -> None:
         """Connect again if the connection is lost; raises BackendError."""
-        if not self.is_connected:
-            self.reconnect()
+        with self._lifecycle:
+            if not self.is_connected:
+                self._reconnect()
 
     def reconnect(self) -> None:
         """Disconnect, if that is still to do, and connect again; raises BackendError, and may then be called again.
@@ -120,18 +128,21 @@ class NbdBackend:
         a `done` callback. The old connection ends before the new one begins: qemu-nbd takes one client at a time.
         """
         with self._lifecycle:
-            if self._gate.refusal:
-                raise BackendError(f"'{self._uri}' is closed")
-            self._gate.shut(errno.EAGAIN, DRAIN_TIMEOUT)
-            try:
-                self._connection.close(errno.ENOTCONN)
-                self._connection = self._connect()
-            finally:
-                with self._lock:
-                    self._gate.open()
-                    waiting, self._waiting = self._waiting, []
-                for request in waiting:
-                    self.submit(request)
+            self._reconnect()
+
+    def _reconnect(self) -> None:
+        if self._gate.refusal:
+            raise BackendError(f"'{self._uri}' is closed")
+        self._gate.shut(errno.EAGAIN, DRAIN_TIMEOUT)
+        try:
+            self._connection.close(errno.ENOTCONN)
+            self._connection = self._connect()
+        finally:
+            with self._lock:
+                self._gate.open()
+                waiting, self._waiting = self._waiting, []
+            for request in waiting:
+                self.submit(request)
 
     def close(self) -> None:
         """Finish what is under way, within DRAIN_TIMEOUT, and disconnect. Requests are refused with ESHUTDOWN."""
