@@ -29,6 +29,10 @@ class FakeBus:
     def __init__(self) -> None:
         self.idents: list[str] = []
         self.closed = False
+        self.refusal = ""
+
+    def check(self) -> None:
+        """Every service answers."""
 
     async def add(self, ident: str, device: object) -> None:
         self.idents.append(ident)

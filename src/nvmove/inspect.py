@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from typing import Any
 from nvmove.errors import UserError
 from nvmove.nvme import vmsd
 from nvmove.nvme.vmsd_qemu import QEMU_NVME
-from nvmove.vmstate import stream
+from nvmove.vmstate import machine, stream
 from nvmove.vmstate.qcow2 import MAGIC as QCOW2_MAGIC
 from nvmove.vmstate.qcow2 import Qcow2, Snapshot
 from nvmove.vmstate.qemu_file import DBUS_VMSTATE, QemuFile, dbus_states
-from nvmove.vmstate.schema import Reader, StateError, Tree
+from nvmove.vmstate.schema import Reader, StateError, Tree, VMStateDescription
 from nvmove.vmstate.source import FileSource, Source
 
 HEX_FROM = 4096
@@ -55,6 +55,8 @@ class Report:
     snapshot: Snapshot | None = None
     others: list[str] = field(default_factory=list)
     """Ids of helpers that are not ours."""
+    vm: Tree | None = None
+    """The state of the VM as a whole, where it was saved."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,9 +139,12 @@ def _choose(image: Qcow2, tag: str | None) -> Snapshot:
 def _of_qemu(kind: str, file: QemuFile, snapshot: Snapshot | None = None) -> Report:
     devices: list[Found] = []
     others: list[str] = []
+    whole: Tree | None = None
     for section in file.find(DBUS_VMSTATE):
         for ident, data in dbus_states(section).items():
-            if data.startswith(stream.MAGIC):
+            if ident == machine.IDENT:
+                whole = _load(ident, data, {machine.IDENT: machine.VM})
+            elif data.startswith(stream.MAGIC):
                 devices.append(_of_nvmove(ident, data))
             else:
                 others.append(ident)
@@ -152,22 +157,27 @@ def _of_qemu(kind: str, file: QemuFile, snapshot: Snapshot | None = None) -> Rep
         devices.append(Found(section.name, "qemu", len(section.body), tree, problem))
     if not devices:
         raise StateError("there is no NVMe device's state in it")
-    return Report(kind, devices, snapshot, others)
+    return Report(kind, devices, snapshot, others, whole)
 
 
-def _of_nvmove(ident: str, data: bytes) -> Found:
+def _load(ident: str, data: bytes, descriptions: Mapping[str, VMStateDescription]) -> Tree:
     try:
-        sections = stream.load(data, vmsd.DESCRIPTIONS)
+        sections = stream.load(data, descriptions)
         if len(sections) != 1:
             raise StateError(f"{len(sections)} sections instead of one")
     except StateError as error:
         raise StateError(f"{ident}: {error}") from None
+    return sections[0].tree
+
+
+def _of_nvmove(ident: str, data: bytes) -> Found:
+    tree = _load(ident, data, vmsd.DESCRIPTIONS)
     problem = ""
     try:
-        vmsd.from_tree(sections[0].tree)
+        vmsd.from_tree(tree)
     except StateError as error:
         problem = str(error)
-    return Found(ident, "nvmove", len(data), sections[0].tree, problem)
+    return Found(ident, "nvmove", len(data), tree, problem)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -188,6 +198,8 @@ def as_json(report: Report) -> dict[str, Any]:
         }
         for found in report.devices
     ]
+    if report.vm is not None:
+        shown["vm"] = _plain(report.vm)
     if report.others:
         shown["others"] = report.others
     return shown
@@ -212,6 +224,9 @@ def as_text(report: Report, everything: bool = False) -> Iterator[str]:
         verdict = f"does not load: {found.problem}" if found.problem else "loads"
         yield f"{found.ident}: NVMe controller, saved by {found.origin}, {found.size} bytes; {verdict}"
         yield from _lines(found.tree, "  ", everything)
+    if report.vm is not None:
+        yield f"{machine.IDENT}: the VM as a whole"
+        yield from _lines(report.vm, "  ", everything)
     for ident in report.others:
         yield f"{ident}: not an nvmove device"
 

@@ -107,7 +107,7 @@ class FakeDevice:
     def keep_msix_table(self, table: bytes) -> None:
         self.msix_table = table
 
-    def pause(self) -> None:
+    def pause(self, timeout: float | None = None) -> None:
         self.is_paused = True
 
     def resume(self) -> None:
@@ -342,7 +342,7 @@ def test_a_slow_pause_never_comes_after_the_resume_that_followed_it() -> None:
     may_pause = threading.Event()
     pause = device.pause
 
-    def slow_pause() -> None:
+    def slow_pause(timeout: float | None = None) -> None:
         assert may_pause.wait(30)
         pause()
 

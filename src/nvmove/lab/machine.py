@@ -127,7 +127,7 @@ class Machine:
         serial.unlink(missing_ok=True)
         try:
             self._qmp = Qmp(connect_unix(self.directory / "qmp", timeout, lambda: self.alive))
-            if "-S" not in arguments:
+            if not {"-S", "-incoming"} & set(arguments):
                 self._wait_running(timeout)
         except (ConnectionError, QmpClosed) as error:
             raise GuestError(f"the VM has no monitor: {error}; {self.started.tail()}") from None

@@ -22,16 +22,16 @@ from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
 from nvmove.vm import memory, monitors, placement, qemu
 from nvmove.vm.argv import Item
-from nvmove.vm.plan import Plan, PlannedDevice, PlannedDrive
+from nvmove.vm.plan import DEFER, Plan, PlannedDevice, PlannedDrive
 
 QMP_CHARDEV = "nvmove-qmp"
 _REFUSED: Mapping[str, str] = {
     "daemonize": "nvmove serves the disk from the foreground; start it in the background with systemd-run or setsid",
     "preconfig": "not supported yet",
-    "incoming": "not supported yet",
     "runas": "QEMU would lose its way to nvmove's sockets; start nvmove as that user",
     "chroot": "QEMU would lose its way to nvmove's sockets",
 }
+_LIFTED = ("S", "loadvm", "incoming")
 _SETTABLE = ("device", "drive", "chardev", "blockdev", "netdev")
 _NO_REFERENCE = frozenset({"id", "driver", "node-name", "serial", "filename", "bus", "addr", "model", "qom-type"})
 
@@ -91,16 +91,22 @@ class _Lifting:
             Item.make("chardev", syntax.unparse(socket, "backend")),
             Item.make("qmp", f"chardev:{QMP_CHARDEV}"),
         ]
+        incoming = next((item.value for item in reversed(items) if item.name == "incoming"), None)
+        if incoming is not None and any(item.name == "loadvm" for item in items):
+            raise OptionError("-loadvm: a VM that arrives (-incoming) brings its own state")
+        if incoming is not None:
+            own.append(Item.make("incoming", DEFER))
         names = [item.name for item in items]
         return Plan(
             program=name,
-            arguments=tuple(words.words([*(item for item in items if item.name not in ("S", "loadvm")), *own])),
+            arguments=tuple(words.words([*(item for item in items if item.name not in _LIFTED), *own])),
             devices=devices,
             drives=self._planned_drives(parsed, devices, used),
             endpoints=lifted.endpoints,
             qmp_socket=qmp_socket,
             paused="S" in names,
             loadvm=next((item.value for item in reversed(items) if item.name == "loadvm"), None),
+            incoming=incoming,
             qemu_uses_stdio=lifted.qemu_uses_stdio,
             warnings=tuple(self.warnings),
         )

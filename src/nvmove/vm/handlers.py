@@ -18,10 +18,6 @@ from nvmove.vm.snapshot import SnapshotError, Snapshots
 Event = dict[str, Any]
 Out = Callable[[str], None]
 
-_MIGRATION = "live migration of a VM with nvmove disks is not supported yet"
-REFUSALS = dict.fromkeys(("migrate", "migrate-incoming"), _MIGRATION)
-"""Refused always: QEMU would say "completed" and leave behind what it does not know."""
-
 
 class Handlers:
     """One VM's own commands."""
@@ -51,9 +47,6 @@ class Handlers:
         facade.handlers["query-block"] = self._query_block
         facade.hmp_handlers["info block"] = self._info_block
         facade.commands.concurrent |= {"query-block", "info block"}
-        for name, reason in REFUSALS.items():
-            refuse = functools.partial(_refuse, f"{name}: {reason}")
-            facade.handlers[name] = facade.hmp_handlers[name.replace("-", "_")] = refuse
         facade.on_event("STOP", self._follow)
         facade.on_event("RESUME", self._follow)
         facade.filters.append(self._hold_conclusion)
@@ -141,7 +134,3 @@ class Handlers:
         else:
             text = await facade.hmp(f"info block {arguments}".strip())
         return blockinfo.complete_text(text, self._drives, only, verbose)
-
-
-async def _refuse(reason: str, _facade: Facade, _arguments: Any, _out: Out | None = None) -> Any:
-    raise QmpError("GenericError", reason)

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qemu.qmp.error import QMPError
 from qemu.qmp.protocol import ConnectError
@@ -27,11 +27,16 @@ from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
+from nvmove.vm.capabilities import Capabilities
 from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
+from nvmove.vm.images import Image, Images
+from nvmove.vm.incoming import Incoming
 from nvmove.vm.ioerrors import IoErrors
 from nvmove.vm.iostatus import IoStatus
+from nvmove.vm.machinestate import MachineState, Namespace
+from nvmove.vm.migration import Migration
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.nbdserver import NbdServer
 from nvmove.vm.pciaddress import ReplayError
@@ -41,6 +46,7 @@ from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.bus import VMStateBus
+from nvmove.vmstate.machine import IDENT
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +74,7 @@ class Machine:
         self._run_directory = run_directory
         self._drives: dict[str, _Drive] = {}
         self._devices: list[NvmeDevice] = []
+        self._state = MachineState([device.id for device in plan.devices])
         self._cleanup = contextlib.AsyncExitStack()
         self._process: qemu.QemuProcess | None = None
         self._nbd_socket = run_directory / "nbd"
@@ -101,13 +108,16 @@ class Machine:
             self._cleanup.push_async_callback(_end, process)
             self._cleanup.push_async_callback(_disconnect, client)
             try:
-                await _while_it_runs(ended, self._connect_and_set_up(client, monitors))
+                await _while_it_runs(ended, self._connect_and_set_up(client, monitors, bus))
             except QemuGone:
                 log.debug("QEMU ended while the VM was set up")  # its message is on stderr
             except (UserError, BackendError):
                 await _quit(client, ended)
                 raise
-            return await ended
+            status = await ended
+            if status and self._plan.incoming is not None and bus.refusal:
+                raise UserError(f"the VM that arrives does not fit: {bus.refusal}")
+            return status
 
     def _on_signals(self) -> None:
         """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
@@ -136,7 +146,7 @@ class Machine:
     def _open_drives(self) -> None:
         for plan in self._plan.drives:
             late = LateBackend() if plan.in_qemu else None
-            image: Backend = late or open_local(plan.config)
+            image: Backend = late or open_local(plan.config, active=self._plan.incoming is None)
             backend = FaultyBackend(image, self._faults, plan.names)
             errors = DriveErrors(ErrorPolicy(plan.config.werror), ErrorPolicy(plan.config.rerror))
             self._drives[plan.key] = _Drive(plan, backend, late, IoStatus(errors), plan.node)
@@ -154,6 +164,7 @@ class Machine:
             device.start(plan.socket)
             self._devices.append(device)
             await bus.add(f"nvmove/{plan.id}", device)
+        await bus.add(IDENT, self._state)
 
     def _arguments(self, bus: VMStateBus) -> list[str]:
         vmstate = bus.qemu_object()
@@ -162,16 +173,18 @@ class Machine:
 
     # --- with QEMU ---------------------------------------------------------------------------------------------------
 
-    async def _connect_and_set_up(self, client: QemuClient, monitors: Monitors) -> None:
+    async def _connect_and_set_up(self, client: QemuClient, monitors: Monitors, bus: VMStateBus) -> None:
         try:
             await client.accept()
         except ConnectError as error:
             raise QemuGone("QEMU's monitor did not connect") from error
-        await self._set_up(client, monitors)
+        await self._set_up(client, monitors, bus)
 
-    async def _set_up(self, client: QemuClient, monitors: Monitors) -> None:
+    async def _set_up(self, client: QemuClient, monitors: Monitors, bus: VMStateBus) -> None:
         facade = Facade(client)
-        runstate = RunState(facade, self._devices)
+        own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
+        images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
+        runstate = RunState(facade, self._devices, images)
         exports = await self._connect_exports(facade)
         by_key = {key: self._served(drive) for key, drive in self._drives.items()}
         served = list(by_key.values())
@@ -185,13 +198,31 @@ class Machine:
             nbd_server.register()
             self._cleanup.push_async_callback(nbd_server.close)
         self._io_errors.connect(facade, runstate, by_key)
+        self._state.connect(lambda: runstate.to_save, self._io_statuses())
+        capabilities = Capabilities(facade)
+        capabilities.register()
+        Migration(facade, runstate, snapshots, self._devices, images, capabilities, bus.check).register()
         FaultCommands(self._faults, self._plan.drive_names).register(facade)
         await runstate.pause_devices()
         if self._plan.loadvm is not None:
             await self._load(snapshots, self._plan.loadvm)
+        if self._plan.incoming is not None:
+            incoming = Incoming(facade, runstate, snapshots, self._devices, images, capabilities, self._state)
+            await incoming.prepare(autostart=not self._plan.paused)
+            await monitors.serve(facade)
+            await incoming.begin(self._plan.incoming)
+            await incoming.arrived()
+            return
         await monitors.serve(facade)  # as with QEMU, a monitor answers when -loadvm is done
         if not self._plan.paused:
             await runstate.cont()
+
+    def _io_statuses(self) -> dict[Namespace, IoStatus]:
+        return {
+            (device.id, namespace.nsid): self._drives[namespace.config.drive].io
+            for device in self._devices
+            for namespace in device.controller.namespaces
+        }
 
     async def _connect_exports(self, facade: Facade) -> dict[str, Export]:
         late = {key: drive for key, drive in self._drives.items() if drive.late is not None}

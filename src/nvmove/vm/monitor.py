@@ -89,6 +89,8 @@ class QemuClient(QMPClient):
 
 # Which acquisition of the facade's handler lock the current task runs under.
 _holder: contextvars.ContextVar[object | None] = contextvars.ContextVar("nvmove_handler", default=None)
+# Whether the current task runs an HMP command for a terminal.
+_on_terminal: contextvars.ContextVar[bool] = contextvars.ContextVar("nvmove_on_terminal", default=False)
 
 
 class Facade:
@@ -102,6 +104,8 @@ class Facade:
         self.filters: list[EventFilter] = []
         self._listeners: list[tuple[str | None, Callable[[Event], None]]] = []
         self._clients: dict[object, Callable[[Event], None]] = {}
+        self.fd_watchers: list[Callable[[str, Mapping[str, Any], int], None]] = []
+        """Called with each command that passes a descriptor on to QEMU, before it does."""
         self._lock = asyncio.Lock()
         self._owner: object | None = None
         self.handlers["human-monitor-command"] = _human_monitor_command
@@ -127,6 +131,9 @@ class Facade:
     ) -> Any:
         """Run `name` as a client of the user's means it: our handler, else QEMU. Raises as `execute` does."""
         handler = self.handlers.get(name)
+        if fd is not None:
+            for watch in self.fd_watchers:
+                watch(name, arguments or {}, fd)
         if handler is None or oob:
             return await self.execute(name, arguments, oob=oob, fd=fd)
         async with self._turn(name):
@@ -170,6 +177,11 @@ class Facade:
             arguments["cpu-index"] = cpu_index
         return cast(str, await self.execute("human-monitor-command", arguments))
 
+    @property
+    def is_on_terminal(self) -> bool:
+        """Whether the HMP handler that asks prints to a terminal, line by line; not to a QMP client, all at once."""
+        return _on_terminal.get()
+
     async def dispatch_hmp(
         self, line: str, cpu_index: int | None = None, out: Callable[[str], None] | None = None
     ) -> str:
@@ -179,11 +191,14 @@ class Facade:
             return await self.hmp(line, cpu_index)
         name, handler, rest = found
         printed: list[str] = []
+        token = _on_terminal.set(out is not None)
         try:
             async with self._turn(name):
                 last = await handler(self, rest, out or printed.append)
         except QmpError as error:
             last = f"Error: {error.desc}\n"
+        finally:
+            _on_terminal.reset(token)
         return "".join(printed) + last
 
     # Events

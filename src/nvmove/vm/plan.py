@@ -9,6 +9,9 @@ from nvmove.block.config import DriveConfig
 from nvmove.nvme.config import ControllerConfig
 from nvmove.vm.endpoints import MonitorEndpoint
 
+DEFER = "defer"
+"""What -incoming says where `migrate-incoming` is to follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedDevice:
@@ -58,6 +61,8 @@ class Plan:
     paused: bool = False
     """The user's own -S."""
     loadvm: str | None = None
+    incoming: str | None = None
+    """The user's own -incoming; QEMU gets `-incoming defer`."""
     passthrough: bool = False
     """No nvme device, or only a question (-help): QEMU is to be run with the user's own arguments, untouched."""
     qemu_uses_stdio: bool = False

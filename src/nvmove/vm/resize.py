@@ -14,7 +14,7 @@ from nvmove.block.backend import BackendError
 from nvmove.options.syntax import parse_size
 from nvmove.vm.exports import Export, add_export, current_node, remove_export
 from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.runstate import RunState
+from nvmove.vm.runstate import MIGRATING, RunState
 
 _INVALID_SIZE = 'invalid size\nTry "help block_resize" for more information\n'
 """HMP's words."""
@@ -99,6 +99,8 @@ class Resize:
     async def _at_rest(self, disk: Disk, work: Awaitable[Any]) -> Any:
         """Do `work` while no I/O is in flight and none is begun; the VM need not stop for it."""
         async with self._runstate.lock:
+            if self._runstate.migrating:
+                raise QmpError("GenericError", MIGRATING)
             await self._runstate.pause_devices()
             try:
                 answer = await work

@@ -65,6 +65,8 @@ class VMStateBus:
         self._daemon = daemon
         self._connections: dict[str, MessageBus] = {}
         self._lock = asyncio.Lock()
+        self.refusal = ""
+        """Why a service refused a state, the last time that one did."""
 
     @classmethod
     async def start(cls, run_directory: Path, program: str = "dbus-daemon") -> VMStateBus:
@@ -99,7 +101,7 @@ class VMStateBus:
         connection = MessageBus(bus_address=self.address)
         try:
             await connection.connect()
-            connection.add_message_handler(_Service(ident, device, connection, self._lock).handle)
+            connection.add_message_handler(_Service(ident, device, connection, self._lock, self._refused).handle)
             reply = await connection.request_name(NAME)
         except (OSError, EOFError, DBusError) as error:
             connection.disconnect()
@@ -109,6 +111,9 @@ class VMStateBus:
             connection.disconnect()
             raise BusError(f"the private D-Bus did not give {NAME} away: {reply.name}")
         self._connections[ident] = connection
+
+    def _refused(self, why: str) -> None:
+        self.refusal = why
 
     def check(self) -> None:
         """Raise BusError when QEMU could not reach every service now; to be asked before savevm or migrate."""
@@ -128,11 +133,19 @@ class VMStateBus:
 class _Service:
     """The object of one device: answers the calls that reach its connection."""
 
-    def __init__(self, ident: str, device: Stateful, connection: MessageBus, lock: asyncio.Lock) -> None:
+    def __init__(
+        self,
+        ident: str,
+        device: Stateful,
+        connection: MessageBus,
+        lock: asyncio.Lock,
+        refused: Callable[[str], None],
+    ) -> None:
         self._ident = ident
         self._device = device
         self._connection = connection
         self._lock = lock
+        self._refused = refused
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, message: Message) -> Message | bool | None:
@@ -188,4 +201,5 @@ class _Service:
 
     def _refuse(self, message: Message, why: str) -> Message:
         log.info("%s: %s refused: %s", self._ident, message.member, why)  # QEMU tells the user
+        self._refused(f"{self._ident}: {why}")
         return Message.new_error(message, f"{INTERFACE}.Refused", f"nvmove: {self._ident}: {why}")

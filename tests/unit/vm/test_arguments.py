@@ -149,6 +149,14 @@ def test_start_options_are_taken_out_and_told() -> None:
     assert (lift(f"{RAW} {NVME}").paused, lift(f"{RAW} {NVME}").loadvm) == (False, None)
 
 
+def test_qemu_waits_for_an_incoming_vm_until_nvmove_is_ready_for_it() -> None:
+    plan = lift(f"{RAW} {NVME} -incoming tcp:0:1 -incoming tcp:0:4444")
+    assert plan.incoming == "tcp:0:4444"
+    assert plan.arguments[-2:] == ("-incoming", "defer")
+    assert plan.arguments.count("-incoming") == 1
+    assert lift(f"{RAW} {NVME}").incoming is None
+
+
 def test_a_raw_file_is_nvmoves_and_its_options_with_it() -> None:
     plan = lift(f"{RAW},cache=none,discard=unmap,detect-zeroes=unmap,readonly=on,aio=native {NVME},share-rw=on")
     (drive,) = plan.drives
@@ -237,7 +245,7 @@ def test_monitor_objects_are_monitors() -> None:
         (f"{RAW} {NVME},werror=foo", f"{NVME},werror=foo: Parameter 'werror' does not accept value 'foo'"),
         (f"{RAW} {NVME},rerror=enospc", f"{NVME},rerror=enospc: 'enospc' invalid read error action"),
         (f"{RAW},cache=foo {NVME}", f"{RAW},cache=foo: invalid cache option"),
-        (f"{RAW} {NVME} -incoming tcp:0:1", "-incoming: not supported yet"),
+        (f"{RAW} {NVME} -incoming defer -loadvm t1", "-loadvm: a VM that arrives (-incoming) brings its own state"),
         (f"{RAW} {NVME} -serial stdio -monitor stdio", "-serial stdio: cannot use stdio by multiple character devices"),
         (f"{RAW} {NVME} -mon x", '-mon x: chardev "x" not found'),
         (f"{RAW} {NVME} -monitor foo:bar", "-monitor foo:bar: 'foo:bar' is not a valid char driver"),

@@ -42,7 +42,7 @@ class HoldingDevice:
         self.held += report.action is Action.STOP
         self.on_error(report)
 
-    def pause(self) -> None:
+    def pause(self, timeout: float | None = None) -> None:
         drained, self.drained = self.drained, []
         for report in drained:
             self.fail(report)
@@ -69,7 +69,7 @@ class Scene:
         self.errors.connect(facade, self.runstate, {"d0": self.drive})
         self.device.on_error = self.errors.report
         self.events: list[dict[str, Any]] = []
-        self.tasks: list[asyncio.Task[None]] = []
+        self.tasks: list[asyncio.Task[object]] = []
         self.gate: asyncio.Event | None = None
         facade.subscribe(self, self.events.append)
         for name in ("STOP", "RESUME"):

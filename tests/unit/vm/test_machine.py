@@ -86,7 +86,7 @@ def test_qemu_gets_its_arguments_and_the_way_to_the_devices_state(vm: FakeVm) ->
     state = ["-object", "dbus-vmstate,id=nvmove,addr=unix:path=/a,,b"]
     assert vm.qemu.arguments == ["-M", "q35", "-S", *state]
     assert vm.qemu.executed == ["qmp_capabilities", "cont"]
-    assert vm.bus.idents == ["nvmove/nv0"]
+    assert vm.bus.idents == ["nvmove/nv0", "nvmove-vm"]
     assert vm.bus.closed
 
 

@@ -51,7 +51,7 @@ class Device:
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
-    def pause(self) -> None:
+    def pause(self, timeout: float | None = None) -> None:
         self.log.append("pause")
 
     def resume(self) -> None:

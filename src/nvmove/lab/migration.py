@@ -1,0 +1,82 @@
+"""A VM that moves between machines: every hop a new set of processes, the guest the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nvmove.lab.machine import Machine
+from nvmove.lab.qmp import Qmp
+
+ENDED = ("completed", "failed", "cancelled")
+"""Statuses in which a migration is over."""
+
+
+def migrate_status(qmp: Qmp) -> dict[str, Any]:
+    """Return the answer to `query-migrate`."""
+    answer: dict[str, Any] = qmp.execute("query-migrate")
+    return answer
+
+
+def wait_status(qmp: Qmp, *wanted: str, timeout: float = 120) -> dict[str, Any]:
+    """Poll `query-migrate` until its status is one of `wanted`; return the answer."""
+    deadline = time.monotonic() + timeout
+    while (answer := migrate_status(qmp)).get("status") not in wanted:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the migration is not {' or '.join(wanted)} after {timeout:.0f} s: {answer}")
+        time.sleep(0.05)
+    return answer
+
+
+def wait_run_state(qmp: Qmp, *wanted: str, timeout: float = 120) -> str:
+    """Poll `query-status` until the VM is in one of these states; return which."""
+    deadline = time.monotonic() + timeout
+    while (status := qmp.status) not in wanted:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the VM is '{status}' after {timeout:.0f} s, not {' or '.join(wanted)}")
+        time.sleep(0.05)
+    return status
+
+
+@dataclass
+class Traveller:
+    """A guest, the machine it runs on, and a factory of further ones."""
+
+    machine: Machine
+    """Where the guest is."""
+    arguments: Sequence[str]
+    """QEMU's arguments besides those of every machine: the same at each end."""
+    another: Callable[[str], Machine]
+    """Makes a machine of that name."""
+    hops: int = field(default=0, init=False)
+
+    def boot(self) -> None:
+        """Start the guest where it is."""
+        self.machine.boot(list(self.arguments))
+
+    def destination(self, *more: str, incoming: str = "defer", arguments: Sequence[str] | None = None) -> Machine:
+        """Start a machine that waits for the guest."""
+        self.hops += 1
+        machine = self.another(f"m{self.hops}")
+        given = self.arguments if arguments is None else arguments
+        machine.start([*machine.linux, *given, "-incoming", incoming, *more])
+        return machine
+
+    def uri(self, machine: Machine) -> str:
+        """Return the address of a Unix socket at which `machine` may wait."""
+        return f"unix:{machine.directory / 'migration'}"
+
+    def hop(self, *more: str) -> dict[str, Any]:
+        """Move the guest to a new machine, end the old one, and return the source's last `query-migrate`."""
+        source, target = self.machine, self.destination(*more)
+        target.qmp.execute("migrate-incoming", {"uri": self.uri(target)})
+        source.qmp.execute("migrate", {"uri": self.uri(target)})
+        answer = wait_status(source.qmp, *ENDED)
+        if answer["status"] != "completed":
+            raise RuntimeError(f"the migration {answer['status']}: {answer.get('error-desc')}")
+        wait_run_state(target.qmp, "running", "paused", "io-error")
+        self.machine = target
+        source.quit()
+        return answer
