@@ -19,6 +19,7 @@ COMMANDS = {
     "run": ("nvmove.vm.command", "run a VM: QEMU's command line, its -device nvme served by nvmove"),
     "serve": ("nvmove.serve", "serve one NVMe device over vfio-user, for a QEMU that somebody else starts"),
     "inspect": ("nvmove.inspect", "show the device state in a snapshot, a migration file or a state file"),
+    "bench": ("nvmove.bench.command", "measure nvmove beside QEMU's own nvme, and beside fio"),
     "demo": ("nvmove.demo", "show on a real Linux guest what nvmove does, in about a minute"),
 }
 

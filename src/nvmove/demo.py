@@ -9,15 +9,10 @@ exit status is 0 only when all of them held.
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +26,7 @@ from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import wait_gone
 from nvmove.lab.qmp import QmpClosed, QmpError
+from nvmove.lab.scratch import terminate_as_interrupt, working_directory
 from nvmove.lab.sysroot import Sysroot, find_sysroot
 
 _FAILURES = (GuestError, TimeoutError, QmpError, QmpClosed)
@@ -249,35 +245,6 @@ def _table(steps: Sequence[Step], done: Sequence[tuple[str, str, float]]) -> Tab
     return table
 
 
-@contextmanager
-def _working_directory() -> Iterator[Path]:
-    """A directory that goes away at the end; also those of demos that were killed before they could."""
-    base = Path(tempfile.gettempdir())
-    for old in base.glob(f"{_PREFIX}*"):
-        pid = old.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and old.stat().st_uid == os.geteuid():
-            shutil.rmtree(old, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the demo the way Ctrl-C does, so that it cleans up too."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nvmove demo`."""
     parser.add_argument(
@@ -293,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     sysroot = find_sysroot()
     front = [] if args.qemu_nvme else [*nvmove_command(), "run"]
     try:
-        with _terminate_as_interrupt(), _working_directory() as directory:
+        with terminate_as_interrupt(), working_directory(_PREFIX) as directory:
             story = Story(directory, sysroot, front)
             try:
                 done = _tell(screen, story.machine, story.steps)

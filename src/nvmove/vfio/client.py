@@ -104,6 +104,10 @@ class VfioUserClient:
             ram.close()
         self._ram.clear()
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for one that posts writes past this class; it must send whole messages."""
+        return self._socket.fileno()
+
     # Messages.
 
     def call(self, code: int, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:

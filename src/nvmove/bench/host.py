@@ -1,0 +1,151 @@
+"""The host-side benchmark: our own initiator against `nvmove serve`, beside fio on the same file in the same run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvmove.bench import hostfio
+from nvmove.bench.driver import Job, initiator_class
+from nvmove.bench.measure import Settings, has_direct, make_image, median
+from nvmove.bench.report import Section
+from nvmove.bench.results import Run
+from nvmove.bench.served import Served
+
+DEPTHS = (1, 32, 128)
+_RW = {"read": 100, "write": 0}
+_COLUMNS = {
+    "what": "program",
+    "image": "image",
+    "rw": "random",
+    "queues": "queues",
+    "depth": "depth",
+    "iops": "IOPS",
+    "p50_us": "p50 µs",
+    "p99_us": "p99 µs",
+    "cpu_us": "CPU µs/IO",
+    "messages": "messages/IO",
+}
+"""`cpu_us` is the serving process's; `messages` are those for doorbells."""
+_Measurement = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    name: str
+    drive: str
+    path: Path | None = None
+    direct: bool = False
+
+
+def measure(settings: Settings) -> Section:
+    """Measure; raises InitiatorError, FioError."""
+    initiator_class()
+    section = Section("host", "Host side: 4 KiB, one process serves, one drives", _COLUMNS)
+    with contextlib.ExitStack() as cleanup:
+        plan: dict[tuple[str, ...], _Measurement] = {}
+        for image in _images(settings, section):
+            served = Served(settings.directory, f"s-{image.name}", image.drive)
+            cleanup.callback(served.close)
+            served.driver.make_queues(2)
+            for rw in _RW:
+                if image.path is not None:
+                    _plan_fio(plan, settings, image, rw)
+                for depth in DEPTHS:
+                    plan["nvmove", image.name, rw, "1", str(depth)] = _ours(served, settings, rw, depth, (1,))
+                if image.name == "tmpfs":
+                    plan["nvmove", image.name, rw, "2", "32"] = _ours(served, settings, rw, 32, (1, 2))
+        found: defaultdict[tuple[str, ...], list[dict[str, float]]] = defaultdict(list)
+        for number in range(settings.rounds):
+            for key, act in plan.items():
+                settings.tell(f"round {number + 1} of {settings.rounds}: {' '.join(key)}")
+                found[key].append(act())
+    for key, rounds in found.items():
+        section.rows.append(_row(key, rounds))
+    _ratios(section)
+    return section
+
+
+def _images(settings: Settings, section: Section) -> list[_Image]:
+    in_memory = make_image(settings.memory / "host.img", settings.image)
+    images = [_Image("tmpfs", f"file={in_memory},format=raw", in_memory)]
+    on_disk = make_image(settings.directory / "host.img", settings.image)
+    if has_direct(on_disk):
+        images.append(_Image("disk", f"file={on_disk},format=raw,cache=none", on_disk, direct=True))
+    else:
+        section.notes.append(f"No disk was measured: {settings.directory} has no O_DIRECT (--directory names another).")
+    return [*images, _Image("null", f"driver=null-co,size={settings.image}")]
+
+
+def _plan_fio(plan: dict[tuple[str, ...], _Measurement], settings: Settings, image: _Image, rw: str) -> None:
+    assert image.path is not None
+    path = image.path
+    for engine, depth in (("psync", 1), *((("libaio", 32), ("libaio", 128)) if image.direct else ())):
+
+        def act(engine: str = engine, depth: int = depth) -> dict[str, float]:
+            run = hostfio.run(
+                settings.sysroot, path, rw=rw, seconds=settings.seconds, engine=engine, depth=depth, direct=image.direct
+            )
+            return {"iops": run.iops, "p50_us": run.p50, "p99_us": run.p99}
+
+        plan[f"fio {engine}", image.name, rw, "1", str(depth)] = act
+
+
+def _ours(served: Served, settings: Settings, rw: str, depth: int, queues: tuple[int, ...]) -> _Measurement:
+    def act() -> dict[str, float]:
+        before = served.cpu_seconds
+        run: Run = served.driver.run(Job(depth=depth, read_percent=_RW[rw], seconds=settings.seconds), queues)
+        commands = max(run.commands, 1)
+        return {
+            "iops": run.iops,
+            "p50_us": run.p50,
+            "p99_us": run.p99,
+            "cpu_us": (served.cpu_seconds - before) / commands * 1e6,
+            "messages": run.messages / commands,
+        }
+
+    return act
+
+
+def _row(key: tuple[str, ...], rounds: list[dict[str, float]]) -> dict[str, Any]:
+    what, image, rw, queues, depth = key
+    row: dict[str, Any] = {"what": what, "image": image, "rw": rw, "queues": int(queues), "depth": int(depth)}
+    row |= {name: median([one[name] for one in rounds]) for name in rounds[0]}
+    return row | {"iops_of_rounds": [one["iops"] for one in rounds]}
+
+
+def _ratios(section: Section) -> None:
+    def iops(what: str, image: str, rw: str, depth: int, queues: int = 1) -> float:
+        wanted = (what, image, rw, depth, queues)
+        return next(
+            (
+                float(row["iops"])
+                for row in section.rows
+                if (row["what"], row["image"], row["rw"], row["depth"], row["queues"]) == wanted
+            ),
+            0.0,
+        )
+
+    for rw in _RW:
+        fio = iops("fio psync", "tmpfs", rw, 1)
+        section.ratio(f"{rw}, tmpfs, depth 1 / fio psync", iops("nvmove", "tmpfs", rw, 1), fio, 0.55)
+        section.ratio(f"{rw}, tmpfs, depth 32 / fio psync", iops("nvmove", "tmpfs", rw, 32), fio, 0.85)
+        section.ratio(
+            f"{rw}, null / tmpfs, depth 32", iops("nvmove", "null", rw, 32), iops("nvmove", "tmpfs", rw, 32), 2.5
+        )
+        section.ratio(
+            f"{rw}, tmpfs, two queues / one, depth 32",
+            iops("nvmove", "tmpfs", rw, 32, 2),
+            iops("nvmove", "tmpfs", rw, 32),
+            1.7,
+        )
+        for depth, engine in ((1, "psync"), (32, "libaio"), (128, "libaio")):
+            section.ratio(
+                f"{rw}, disk, depth {depth} / fio {engine}",
+                iops("nvmove", "disk", rw, depth),
+                iops(f"fio {engine}", "disk", rw, depth),
+            )

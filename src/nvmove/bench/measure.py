@@ -1,0 +1,100 @@
+"""What every benchmark shares: its settings, the conditions that it ran in, processor time, medians."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nvmove.lab.processes import marked
+from nvmove.lab.sysroot import Sysroot
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How much is measured, and where."""
+
+    sysroot: Sysroot
+    directory: Path
+    """For sockets and images on a disk."""
+    memory: Path
+    """For images in memory (tmpfs)."""
+    seconds: float = 2.0
+    """Of one measurement."""
+    rounds: int = 3
+    """Everything is measured so often, turn and turn about; the medians count."""
+    image: int = 256 << 20
+    """Bytes of a disk image."""
+    tell: Callable[[str], None] = field(default=lambda _text: None)
+    """Hears what is measured now."""
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Return the processor time (user and system) that living processes have had, in seconds."""
+    total = 0
+    for pid in pids:
+        # proc(5): utime and stime are the 14th and 15th field; the name before may have spaces.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / _TICKS
+
+
+def marked_cpu_seconds(mark: str) -> float:
+    """Return the processor time of the processes that carry a mark (`lab.processes`), in seconds."""
+    return cpu_seconds(process.pid for process in marked(mark))
+
+
+def conditions(sysroot: Sysroot) -> dict[str, Any]:
+    """Return what a number is worth nothing without."""
+    return {
+        "nvmove": importlib.metadata.version("nvmove"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "processors": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qemu": sysroot.qemu_version.split("(")[0].strip(),
+        "accelerator": "TCG",
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.machine()
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median; 0 of nothing."""
+    return float(statistics.median(values)) if values else 0.0
+
+
+def make_image(path: Path, size: int) -> Path:
+    """Write an image without holes, whose pages all differ."""
+    with path.open("wb") as file:
+        for start in range(0, size, 1 << 20):
+            piece = os.urandom(4096) * (min(1 << 20, size - start) // 4096)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def has_direct(path: Path) -> bool:
+    """Return whether an image can be opened past the page cache (O_DIRECT)."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        return False
+    return True

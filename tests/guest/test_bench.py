@@ -1,0 +1,80 @@
+"""Each kind of `nvmove bench` with tiny numbers: it runs, and its JSON has the right shape. Speed is never asserted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from nvmove.lab.machine import nvmove_command
+from nvmove.lab.processes import Marked, marked
+
+
+def start(work: Path, *words: str) -> Marked:
+    words = (*words, "--json", str(work / "json"))
+    return Marked.start([*nvmove_command(), "bench", *words], work / "said", environment={"TMPDIR": str(work)})
+
+
+def left_in_memory() -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob("nvmove-bench-*")]
+
+
+def bench(work: Path, kind: str) -> dict[str, Any]:
+    """Run one; return its section of the JSON. Nothing else is left of it."""
+    before = left_in_memory()
+    run = start(work, kind, "--seconds", "0.05", "--rounds", "1")
+    assert run.wait(400) == 0, run.output
+    assert marked(run.mark) == []
+    assert sorted(path.name for path in work.iterdir()) == ["json", "said"]
+    assert left_in_memory() == before
+    found = json.loads((work / "json").read_text())
+    assert found["format"] == 1
+    assert found["conditions"].keys() >= {"nvmove", "processor", "processors", "kernel", "qemu", "load"}
+    (section,) = found["sections"].values()
+    for ratio in section["ratios"]:
+        assert ratio["value"] > 0
+        assert ratio["held"] in {None, True, False}
+    assert isinstance(section, dict)
+    return section
+
+
+def test_host(work: Path) -> None:
+    section = bench(work, "host")
+    rows = section["rows"]
+    assert all(row["iops"] > 0 for row in rows)
+    assert {row["image"] for row in rows} >= {"tmpfs", "null"}
+    ours = [row for row in rows if row["what"] == "nvmove"]
+    assert {row["depth"] for row in ours} == {1, 32, 128}
+    assert all(0 < row["p50_us"] <= row["p99_us"] and row["cpu_us"] >= 0 for row in ours)
+    assert any(row["what"] == "fio psync" for row in rows)
+    assert {"read, tmpfs, depth 32 / fio psync", "write, null / tmpfs, depth 32"} <= {
+        r["name"] for r in section["ratios"]
+    }
+
+
+def test_ctrl_c_leaves_nothing(work: Path) -> None:
+    before = left_in_memory()
+    run = start(work, "host", "--seconds", "60")
+    deadline = time.monotonic() + 60
+    while not list(work.glob("*/s-null")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes_of(work)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130, run.output
+    assert marked(run.mark) == []
+    assert [path.name for path in work.iterdir()] == ["said"]
+    assert left_in_memory() == before
+    assert processes_of(work) == []
+
+
+def processes_of(work: Path) -> list[Path]:
+    """What has this directory in its command line: the benchmark marks its processes anew."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found += [proc] if f"{work}/nvmove-bench".encode() in proc.read_bytes() else []
+        except OSError:
+            continue  # it has ended
+    return found

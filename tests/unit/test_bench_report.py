@@ -1,0 +1,182 @@
+"""What a benchmark tells: latencies from buckets, ratios and their goals, tables, JSON, and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from nvmove.bench import command, host, hostfio, measure, report
+from nvmove.bench.report import Section
+from nvmove.bench.results import Run, bucket_ns, merge, percentile_us
+from nvmove.errors import UserError
+from nvmove.lab.sysroot import Sysroot
+
+
+def bucket(ns: int) -> int:
+    """The bucket that the initiator counts a latency in, said anew."""
+    top = max(ns, 1).bit_length() - 1
+    return ns if top < 6 else (top - 5) * 64 + (ns >> (top - 6) & 63)
+
+
+@given(st.integers(1, 1 << 40))
+def test_a_bucket_stands_for_its_latencies(ns: int) -> None:
+    assert abs(bucket_ns(bucket(ns)) - ns) <= ns / 64
+
+
+def test_percentiles_are_those_of_the_commands() -> None:
+    histogram = {bucket(1000): 98, bucket(50_000): 1, bucket(9_000_000): 1}
+    assert percentile_us(histogram, 50) == pytest.approx(1, rel=0.02)
+    assert percentile_us(histogram, 99) == pytest.approx(50, rel=0.02)
+    assert percentile_us(histogram, 100) == pytest.approx(9000, rel=0.02)
+    assert percentile_us({}, 50) == 0
+
+
+def test_runs_side_by_side_add_up() -> None:
+    run = merge([Run(10, 1.0, 3, {5: 10}), Run(30, 2.0, 4, {5: 10, 6: 20})])
+    assert (run.commands, run.seconds, run.messages, run.iops) == (40, 2.0, 7, 20.0)
+    assert run.histogram == {5: 20, 6: 20}
+    assert (run.p50, run.p99) == (0.005, 0.006)
+    assert Run(0, 0.0, 0, {}).iops == 0
+
+
+def section() -> Section:
+    made = Section("x", "A title", {"a": "first", "b": "second", "c": "third"})
+    made.rows += [{"a": "words [b]", "b": 12345, "c": 1.23456, "d": [1, 2]}, {"a": "more", "b": 1, "c": 12345.6}]
+    made.ratio("more is better", 3, 2, 1.5)
+    made.ratio("less is better", 3, 2, 1.2, at_most=True)
+    made.ratio("no goal", 1, 2)
+    made.ratio("nothing to compare with", 1, 0, 5)
+    made.notes.append("a note")
+    return made
+
+
+def test_a_ratio_knows_its_goal() -> None:
+    assert [(one.name, one.value, one.held) for one in section().ratios] == [
+        ("more is better", 1.5, True),
+        ("less is better", 1.5, False),
+        ("no goal", 0.5, None),
+    ]
+
+
+def test_tables_show_what_was_found() -> None:
+    screen = Console(file=io.StringIO(), width=120)
+    report.show(screen, section())
+    report.show_conditions(screen, {"load": 1.5, "kvm": False})
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    for words in ("A title", "words [b]", "12,345", "1.23", "12,346", "≤ 1.2", "missed", "held", "a note", "kvm no"):
+        assert words in said
+
+
+def test_json_has_all_of_it() -> None:
+    found = json.loads(json.dumps(report.to_json({"load": 1.5}, [section()])))
+    assert found["format"] == report.FORMAT
+    assert found["conditions"] == {"load": 1.5}
+    assert found["sections"]["x"]["rows"] == section().rows
+    assert found["sections"]["x"]["ratios"][1] == {
+        "name": "less is better",
+        "value": 1.5,
+        "goal": 1.2,
+        "at_most": True,
+        "held": False,
+    }
+
+
+def test_conditions_are_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / ".qemu-version").write_text("QEMU emulator version 11.1.3 (x)\n")
+    found = measure.conditions(Sysroot(tmp_path))
+    assert found["qemu"] == "QEMU emulator version 11.1.3"
+    assert found["processors"] >= 1 and found["processor"]
+
+
+def test_processor_time_is_counted() -> None:
+    before, end = measure.cpu_seconds([os.getpid()]), time.process_time() + 0.05
+    while time.process_time() < end:
+        pass
+    assert measure.cpu_seconds([os.getpid()]) - before >= 0.03
+
+
+def test_an_image_has_no_holes(tmp_path: Path) -> None:
+    image = measure.make_image(tmp_path / "i", (1 << 20) + 8192)
+    assert image.stat().st_size == (1 << 20) + 8192
+    assert image.stat().st_blocks * 512 >= image.stat().st_size
+    assert not measure.has_direct(tmp_path / "none")
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["fast"],
+        ["host", "--seconds", "0"],
+        ["host", "--seconds", "nan"],
+        ["host", "--rounds", "0"],
+        ["--json", "x"],
+    ],
+)
+def test_wrong_usage_is_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        arguments(*words)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "find_sysroot", lambda: Sysroot(tmp_path))
+    for words in (["--json", "/nowhere/x"], ["--directory", "/nowhere"]):
+        with pytest.raises(UserError, match="/nowhere"):
+            command.run(arguments("host", *words))
+    monkeypatch.setattr(command, "_MEMORY", Path("/nowhere"))
+    with pytest.raises(UserError, match="a tmpfs"):
+        command.run(arguments("host"))
+
+
+def test_the_command_measures_tells_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".qemu-version").write_text("QEMU 11\n")
+    monkeypatch.setattr(command, "find_sysroot", lambda: Sysroot(tmp_path))
+    monkeypatch.setattr(command, "_MEMORY", tmp_path)
+    monkeypatch.setattr(host, "measure", lambda settings: settings.tell("now") or section())
+    assert command.run(arguments("host", "--json", str(tmp_path / "j"), "--directory", str(tmp_path))) == 0
+    assert "A title" in capsys.readouterr().out
+    assert json.loads((tmp_path / "j").read_text())["sections"]["x"]["title"] == "A title"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".qemu-version", "j"]
+
+
+def test_ctrl_c_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_settings: object) -> Section:
+        raise KeyboardInterrupt
+
+    (tmp_path / ".qemu-version").write_text("QEMU 11\n")
+    monkeypatch.setattr(command, "find_sysroot", lambda: Sysroot(tmp_path))
+    monkeypatch.setattr(command, "_MEMORY", tmp_path)
+    monkeypatch.setattr(host, "measure", interrupt)
+    assert command.run(arguments("host", "--directory", str(tmp_path))) == 130
+    assert "nothing is left" in capsys.readouterr().out
+
+
+def test_a_fio_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="no\nbad engine")
+    monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: failed)
+    with pytest.raises(hostfio.FioError, match="bad engine"):
+        hostfio.run(Sysroot(tmp_path), tmp_path / "image", rw="read", seconds=1)
