@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from hypothesis import strategies as st
 
 from nvmove.nvme.state import (
     CompletionQueueState,
     ControllerState,
+    DoorbellsState,
     ErrorEntryState,
     EventsState,
     EventState,
     FeaturesState,
     HeldState,
     IdentityState,
+    LateState,
     NamespaceState,
     SmartState,
     SubmissionQueueState,
@@ -52,9 +55,10 @@ def identity(pairs: int = 8, vectors: int = VECTORS) -> IdentityState:
 
 def fresh() -> DeviceState:
     """A device before the guest enabled it, without a namespace."""
+    zero: dict[str, Any] = dict.fromkeys(("cc", "csts", "intms", "aqa", "asq", "acq", "irq_status"), 0)
     controller = ControllerState(
         identity=identity(),
-        **dict.fromkeys(("cc", "csts", "intms", "aqa", "asq", "acq", "irq_status"), 0),
+        **zero,
         sqs=[],
         cqs=[],
         events=EventsState(),
@@ -153,7 +157,15 @@ def held() -> DeviceState:
     return state
 
 
-SAMPLES = {"fresh": fresh, "busy": busy, "pin": pin, "held": held}
+def shadow() -> DeviceState:
+    """As `held`, with shadow doorbells, which the admin queue has not moved to."""
+    state = held()
+    late = [LateState(0, 2), LateState(1, 1)]
+    state.controller.doorbells = DoorbellsState(True, True, 0x17D0_0000, 0x17D0_1000, late)
+    return state
+
+
+SAMPLES = {"fresh": fresh, "busy": busy, "pin": pin, "held": held, "shadow": shadow}
 
 
 @st.composite
@@ -215,6 +227,16 @@ def states(draw: st.DrawFn) -> DeviceState:
         changed_namespaces=draw(st.lists(U32, max_size=3)),
         namespaces=drawn,
         held=draw(st.lists(st.builds(HeldState, U16, st.booleans(), st.binary(min_size=64, max_size=64)), max_size=3)),
+        doorbells=draw(
+            st.builds(
+                DoorbellsState,
+                st.booleans(),
+                st.booleans(),
+                U64,
+                U64,
+                st.lists(st.builds(LateState, U32, U32), max_size=3),
+            )
+        ),
     )
     table = draw(st.binary(min_size=16 * vectors, max_size=16 * vectors))
     config = config_space(vectors, draw(st.none() | U32))

@@ -248,6 +248,7 @@ def test_json_has_every_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "nvme/nvmove/irq-status",
         "nvme/nvmove/more-aers",
         "nvme/nvmove/held",
+        "nvme/nvmove/doorbells",
     }
     assert state["nvme/nvmove/namespaces"]["namespaces"][0]["uuid"] == bytes(range(1, 17)).hex()
 

@@ -62,7 +62,6 @@ def test_the_controller_is_qemus_but_for_the_known_differences() -> None:
         81: (0x00, 0x04),  # VER 2.0.0,
         82: (0x02, 0x01),  # not 1.4.0
         256: (0x0A, 0x2B),  # OACS: no Security Send, Directives,
-        257: (0x00, 0x01),  # Doorbell Buffer Config
         261: (0x26, 0x07),  # LPA: supported pages; no SMART log for each namespace
         262: (63, 0),  # ELPE: 64 entries
         520: (0xDD, 0x5D),  # ONCS: Verify

@@ -156,7 +156,7 @@ def test_effects_are_qemus_for_the_commands_that_exist(guest: Guest) -> None:
     effects = {index: dword(data, index) for index in range(512) if dword(data, index)}
     writes = {256 + op: 3 for op in (Nvm.FLUSH, Nvm.WRITE, Nvm.WRITE_ZEROES, Nvm.DATASET_MANAGEMENT, Nvm.COPY)}
     reads = {256 + op: 1 for op in (Nvm.READ, Nvm.COMPARE, Nvm.VERIFY)}
-    admin = dict.fromkeys((0, 1, 2, 4, 5, 6, 8, 9, 10, 12), 1)
+    admin = dict.fromkeys((0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 0x7C), 1)
     assert effects == {**admin, 0x15: 0x19, 0x80: 7, **writes, **reads}
     assert guest.get_log(Log.COMMANDS_SUPPORTED, 4096, cdw14=2 << 24).status == Status.INVALID_FIELD
 

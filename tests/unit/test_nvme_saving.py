@@ -33,7 +33,9 @@ from nvmove.nvme.spec import (
 from nvmove.nvme.state import (
     CompletionQueueState,
     ControllerState,
+    DoorbellsState,
     EventState,
+    LateState,
     NamespaceState,
     SubmissionQueueState,
 )
@@ -324,7 +326,13 @@ def test_inspect_shows_a_running_controller() -> None:
     host.submit(1, Nvm.READ, nsid=1)
     host.drain()
     tree = host.controller.inspect()
-    assert tree["live"] == {"runs": True, "paused": False, "resetting": False, "in_flight": {0: 0, 1: 1}}
+    assert tree["live"] == {
+        "runs": True,
+        "paused": False,
+        "resetting": False,
+        "doorbell_writes": 5,
+        "in_flight": {0: 0, 1: 1},
+    }
     assert tree["sqs"][1]["sqid"] == 1
     msgspec.json.encode(tree)
 
@@ -333,7 +341,7 @@ def test_inspect_shows_a_running_controller() -> None:
 
 SAVED_OR_DERIVED = {
     Controller: {
-        "saved": {"registers", "sqs", "cqs", "events", "features", "logs", "namespaces", "config"},
+        "saved": {"registers", "sqs", "cqs", "events", "features", "logs", "namespaces", "config", "doorbells"},
         "seams": {"memory", "interrupts", "engine", "lock", "on_error"},
         "nothing while paused and idle": {"activity", "resetting", "paused", "_runner"},
         "only compared": {"epoch"},
@@ -394,6 +402,10 @@ def appending(name: str, value: object) -> Change:
     return lambda state: getattr(state, name).append(value)
 
 
+def shadows(*late: LateState) -> DoorbellsState:
+    return DoorbellsState(True, True, 0x1000, 0x2000, list(late))
+
+
 CQ9 = CompletionQueueState(cqid=9, address=0x5000, size=16, head=0, tail=0, phase=1, vector=0, irq_enabled=True)
 NAMESPACE = NamespaceState(
     nsid=2, attached=True, blocks=1, block_shift=9, uuid=bytes(16), nguid=bytes(16), eui64=0, read_only=False
@@ -451,6 +463,15 @@ REFUSED: list[tuple[Change, str]] = [
     (setting("events.queued", [EventState(0, 256, 1)]), "information"),
     (setting("events.queued", [EventState(0, 0, 256)]), "log page"),
     (setting("events.masked", [5]), "masked type 5"),
+    (setting("doorbells.enabled", True), "doorbells: enabled, dbs and eis contradict"),
+    (setting("doorbells.dbs", 0x1000), "doorbells: enabled, dbs and eis contradict"),
+    (setting("doorbells.late", [LateState(0, 0)]), "doorbells: late ones, and not enabled"),
+    (setting("doorbells", DoorbellsState(False, True, 0x1000, 0x2000)), "doorbells: enabled, and not offered"),
+    (setting("doorbells", DoorbellsState(True, True, 0x1800, 0x2000)), "doorbells: dbs 0x1800 is not aligned"),
+    (setting("doorbells", DoorbellsState(True, True, 0x1000, 1 << 64)), "doorbells: eis"),
+    (setting("doorbells", shadows(LateState(4, 0))), "doorbells: there is no queue for the late one 4"),
+    (setting("doorbells", shadows(LateState(2, 16))), "doorbells: late 2 is 16"),
+    (setting("doorbells", shadows(LateState(2, 0), LateState(1, 0))), "late ones are not in ascending order"),
     (setting("features.host_behavior", b""), "host_behavior"),
     (setting("features.volatile_write_cache", 2), "volatile_write_cache"),
     (setting("features.temperature_over", 1 << 16), "temperature_over"),

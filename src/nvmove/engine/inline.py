@@ -8,6 +8,8 @@ from collections.abc import Callable
 class InlineEngine:
     """`nvme.seams.Engine` that runs when it is told to, queue by queue in the order of the kicks."""
 
+    poll = 0.0
+
     def __init__(self) -> None:
         self.attached: set[int] = set()
         self._kicked: dict[int, None] = {}

@@ -8,11 +8,15 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
+POLL = 50e-6
+"""Seconds that a worker looks at a doorbell in memory after its last command (docs/performance.md)."""
+
 
 class PlainEngine:
     """`nvme.seams.Engine` with a daemon thread for each queue."""
 
-    def __init__(self, name: str = "nvme") -> None:
+    def __init__(self, name: str = "nvme", poll: float = POLL) -> None:
+        self.poll = poll
         self._name = name
         self._lock = threading.Lock()
         self._workers: dict[int, _Worker] = {}

@@ -45,6 +45,9 @@ def _create_cq(controller: Controller, command: Command) -> None:
             raise CommandError(Status.INVALID_INTERRUPT_VECTOR, location=CDW11 + 2)
         address = _ring_address(controller, command)
         irq_enabled = bool(command.cdw11 & QUEUE_INTERRUPTS)
+    controller.doorbells.clear(cqid, is_cq=True)
+    with controller.lock:
+        _check_current(command)
         controller.create_cq(CompletionQueue(cqid, address, size, vector, irq_enabled))
     command.complete()
 
@@ -60,7 +63,11 @@ def _create_sq(controller: Controller, command: Command) -> None:
             raise CommandError(Status.INVALID_CQ, location=CDW11 + 2)
         _check_id(controller, sqid, sqid in controller.sqs)
         _check_size(controller, size, field(controller.registers.cc, CC_IOSQES), SQE_SIZE)
-        controller.create_sq(SubmissionQueue(sqid, cq, _ring_address(controller, command), size, priority))
+        address = _ring_address(controller, command)
+    controller.doorbells.clear(sqid, is_cq=False)
+    with controller.lock:
+        _check_current(command)
+        controller.create_sq(SubmissionQueue(sqid, cq, address, size, priority))
     command.complete()
 
 
@@ -155,6 +162,18 @@ def _async_event_request(controller: Controller, command: Command) -> None:
     controller.engine.kick(0)
 
 
+def _doorbell_buffer_config(controller: Controller, command: Command) -> None:
+    """Base 5.8: each buffer is one memory page."""
+    if not controller.config.dbcs:
+        raise CommandError(Status.INVALID_OPCODE)
+    dbs, eis = (int.from_bytes(command.dptr[at : at + 8], "little") for at in (0, 8))
+    for address, location in ((dbs, LOCATION), (eis, LOCATION + 8)):
+        if not address or address & (controller.page_size - 1):
+            raise CommandError(Status.INVALID_FIELD, location=location)
+    controller.doorbells.configure(command, dbs, eis)
+    command.complete()
+
+
 HANDLERS: dict[int, Callable[[Controller, Command], None]] = {
     Admin.DELETE_SQ: _delete_sq,
     Admin.CREATE_SQ: _create_sq,
@@ -166,6 +185,7 @@ HANDLERS: dict[int, Callable[[Controller, Command], None]] = {
     Admin.SET_FEATURES: features.set_features,
     Admin.GET_FEATURES: features.get_features,
     Admin.ASYNC_EVENT_REQUEST: _async_event_request,
+    Admin.DOORBELL_BUFFER_CONFIG: _doorbell_buffer_config,
     Admin.NAMESPACE_ATTACHMENT: management.namespace_attachment,
     Admin.FORMAT_NVM: management.format_nvm,
 }

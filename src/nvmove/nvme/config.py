@@ -48,4 +48,6 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cntlid: int = 0
     use_intel_id: bool = False
     smart_critical_warning: int = 0
+    dbcs: bool = True
+    """Whether Doorbell Buffer Config is offered."""
     namespaces: tuple[NamespaceConfig, ...] = ()

@@ -28,6 +28,7 @@ from nvmove.nvme import saving
 from nvmove.nvme.activity import Activity, Callback
 from nvmove.nvme.command import Command
 from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.doorbells import Doorbells, Place
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.events import EventQueue
 from nvmove.nvme.features import Features
@@ -103,6 +104,7 @@ class Controller:
         self.features = Features(config, clock)
         self.logs = Logs(config, clock)
         self.log_limit = RateLimit(clock)
+        self.doorbells = Doorbells(self)
         self._runner = Runner(self)
         engine.bind(self.run)
 
@@ -200,6 +202,7 @@ class Controller:
             self.engine.detach(sqid)
         self.sqs.clear()
         self.cqs.clear()
+        self.doorbells.reset()
         self.events.reset()
         self.drive_pin()
 
@@ -246,8 +249,11 @@ class Controller:
         index, rest = divmod(offset - DOORBELLS, DOORBELL_STRIDE)
         qid, is_cq = divmod(index, 2)
         queue = (self.cqs if is_cq else self.sqs).get(qid)
+        self.doorbells.writes += 1
         if rest or size != DOORBELL_STRIDE or queue is None:
             self._doorbell_error(EVENT_INVALID_DOORBELL_REGISTER)
+        elif self.doorbells.source(qid, bool(is_cq)).place is not Place.MESSAGE:
+            self._woken(queue, value)
         elif isinstance(queue, SubmissionQueue):
             if queue.set_tail(value):
                 self.engine.kick(qid)
@@ -258,10 +264,24 @@ class Controller:
             if not queue.set_head(value):
                 self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
                 return
-            self.drive_pin()
-            if was_full:
-                for sqid in queue.sqs:
-                    self.engine.kick(sqid)
+            self.head_moved(queue, was_full)
+
+    def _woken(self, queue: SubmissionQueue | CompletionQueue, value: int) -> None:
+        """A doorbell whose value is in memory: the queue's workers look there."""
+        if value >= queue.size:
+            self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
+        elif isinstance(queue, SubmissionQueue):
+            self.engine.kick(queue.sqid)
+        else:
+            for sqid in queue.sqs or {0}:
+                self.engine.kick(sqid)
+
+    def head_moved(self, cq: CompletionQueue, was_full: bool) -> None:
+        """The host has consumed completions. With the lock held."""
+        self.drive_pin()
+        if was_full:
+            for sqid in cq.sqs:
+                self.engine.kick(sqid)
 
     def _doorbell_error(self, info: int) -> None:
         self.raise_event(EventType.ERROR, info, Log.ERROR_INFORMATION)

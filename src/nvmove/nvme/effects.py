@@ -32,6 +32,7 @@ _ADMIN = (
     Admin.SET_FEATURES,
     Admin.GET_FEATURES,
     Admin.ASYNC_EVENT_REQUEST,
+    Admin.DOORBELL_BUFFER_CONFIG,
 )
 """Commands that change no namespace."""
 
@@ -68,9 +69,10 @@ def _dwords(table: dict[int, int]) -> bytes:
     return b"".join(table.get(index, 0).to_bytes(4, "little") for index in range(256))
 
 
-def commands_page() -> bytes:
+def commands_page(dbcs: bool) -> bytes:
     """Return the Commands Supported and Effects log page: 256 admin commands, 256 I/O commands, 2 KiB reserved."""
-    return (_dwords(ADMIN_EFFECTS) + _dwords(IO_EFFECTS)).ljust(4096, b"\0")
+    admin = ADMIN_EFFECTS | ({} if dbcs else {Admin.DOORBELL_BUFFER_CONFIG: 0})
+    return (_dwords(admin) + _dwords(IO_EFFECTS)).ljust(4096, b"\0")
 
 
 def features_page() -> bytes:

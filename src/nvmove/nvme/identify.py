@@ -32,6 +32,7 @@ from nvmove.nvme.spec import (
     NSATTR_WRITE_PROTECTED,
     NSFEAT_OPTPERF,
     NSTAT_READY,
+    OACS_DOORBELL_BUFFER_CONFIG,
     OACS_FORMAT,
     OACS_NAMESPACE_MANAGEMENT,
     OAES_NAMESPACE,
@@ -101,7 +102,8 @@ def controller_data(config: ControllerConfig, version: int) -> bytes:
     put(72, "B3sBBHI", ARBITRATION_BURST, ieee.to_bytes(3, "little"), 0, config.mdts, config.cntlid, version)
     put(92, "II", OAES_NAMESPACE, CTRATT_ELBAS)
     put(111, "B", 1)  # CNTRLTYPE: I/O controller
-    put(256, "HBBBBB", OPTIONAL_ADMIN, ABORT_LIMIT, config.aerl, FRMW_ONE_READ_ONLY_SLOT,
+    optional_admin = OPTIONAL_ADMIN | OACS_DOORBELL_BUFFER_CONFIG * config.dbcs
+    put(256, "HBBBBB", optional_admin, ABORT_LIMIT, config.aerl, FRMW_ONE_READ_ONLY_SLOT,
         LPA_EFFECTS | LPA_EXTENDED_DATA | LPA_SUPPORTED_PAGES, ERROR_ENTRIES - 1)  # fmt: skip
     put(266, "HH", TEMPERATURE_WARNING, TEMPERATURE_CRITICAL)
     put(512, "BB", 0x66, 0x44)  # SQES, CQES

@@ -225,10 +225,10 @@ def _changed_namespaces(controller: Controller, _command: Command) -> bytes:
     return b"".join(nsid.to_bytes(4, "little") for nsid in changed).ljust(4 * CHANGED_NAMESPACES_MAX, b"\0")
 
 
-def _commands_supported(_controller: Controller, command: Command) -> bytes:
+def _commands_supported(controller: Controller, command: Command) -> bytes:
     if command.cdw14 >> 24 not in effects.COMMAND_SETS:
         raise CommandError(Status.INVALID_FIELD)
-    return effects.commands_page()
+    return effects.commands_page(controller.config.dbcs)
 
 
 PAGES: dict[int, Callable[[Controller, Command], bytes]] = {

@@ -7,6 +7,8 @@ fetched before a disable or reset (an older epoch) ends without a trace.
 from __future__ import annotations
 
 import logging
+import os
+import time
 from typing import TYPE_CHECKING
 
 from nvmove.nvme import admin, io, shutdown
@@ -43,12 +45,36 @@ class Runner:
         self._activity = controller.activity
 
     def run(self, sqid: int) -> None:
-        """Run submission queue `sqid` until it is empty, its completion queue is full, or the controller stops."""
+        """Run submission queue `sqid` until it is empty, its completion queue is full, or the controller stops.
+
+        Where its doorbell is in memory, go on looking there for `Engine.poll` seconds after the last command.
+        """
+        doorbells, poll = self._controller.doorbells, self._controller.engine.poll
+        deadline, armed = 0.0, False
+        while True:
+            in_memory = doorbells.look(sqid)
+            worked = self._work(sqid)
+            if not in_memory:
+                return
+            if worked:
+                deadline, armed = time.monotonic() + poll, False
+            elif armed:
+                return
+            elif time.monotonic() < deadline:
+                os.sched_yield()  # without the GIL; and on few cores the guest may need this one
+            else:
+                doorbells.arm(sqid)
+                armed = True
+
+    def _work(self, sqid: int) -> bool:
+        """Run what is known to be there; return whether there was any of it."""
+        worked = False
         if sqid == 0:
             self._shut_down()
             self._deliver_events()
         while commands := self._take_held(sqid):
             self._run(commands)
+            worked = True
         while (work := self._start(sqid)) is not None:
             sq, address, count = work
             try:
@@ -56,8 +82,10 @@ class Runner:
             except DmaError:
                 self._controller.fatal(f"submission queue {sqid} is not in guest memory")
                 self._leave(sq, count)
-                return
+                return worked
             self._run(self._fetched(sq, count, entries))
+            worked = True
+        return worked
 
     def _run(self, commands: list[tuple[Command, bool]]) -> None:
         for command, aborted in commands:

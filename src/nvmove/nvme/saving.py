@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 U16, U32, U64 = 1 << 16, 1 << 32, 1 << 64
 ADOPTED = {"firmware_version"}
-"""What the loading controller takes from the state: QEMU's version, which Identify shows, may be another here."""
+"""What the loading controller takes from the state: QEMU's version, which Identify shows, may be another here.
+Beside it goes whether Doorbell Buffer Config is offered: older versions of nvmove did not."""
 
 
 def save(controller: Controller) -> ControllerState:
@@ -81,6 +82,7 @@ def save(controller: Controller) -> ControllerState:
         held=[
             HeldState(sqid, held.aborted, held.sqe) for sqid, sq in sorted(controller.sqs.items()) for held in sq.held
         ],
+        doorbells=controller.doorbells.save(),
     )
 
 
@@ -113,7 +115,7 @@ def _save_cq(cq: CompletionQueue) -> CompletionQueueState:
 def load(controller: Controller, state: ControllerState) -> None:
     """Take over `state`, which was checked, in a controller without queues. With the lock held."""
     adopted = {name: getattr(state.identity, name) for name in ADOPTED}
-    controller.config = msgspec.structs.replace(controller.config, **adopted)
+    controller.config = msgspec.structs.replace(controller.config, dbcs=state.doorbells.dbcs, **adopted)
     registers = controller.registers
     registers.cc, registers.csts, registers.intms = state.cc, state.csts, state.intms
     registers.aqa, registers.asq, registers.acq = state.aqa, state.asq, state.acq
@@ -129,6 +131,7 @@ def load(controller: Controller, state: ControllerState) -> None:
         sq = controller.sqs[held.sqid]
         sq.hold(HeldCommand(sq.fetched, held.sqe, ready=held.aborted, aborted=held.aborted))
         sq.fetched += 1
+    controller.doorbells.load(state.doorbells)
     controller.events.load(state.events)
     controller.features.load(state.features)
     controller.logs.load(state.smart, state.error_log, state.changed_namespaces)
@@ -148,6 +151,7 @@ def check(controller: Controller, state: ControllerState) -> None:
     _check_registers(controller, state)
     _check_queues(controller, state)
     _check_held(state)
+    _check_doorbells(controller, state)
     _check_events(controller, state)
     _check_data(state)
     _check_namespaces(controller, state.namespaces)
@@ -261,6 +265,27 @@ def _check_held(state: ControllerState) -> None:
         seen.add(key)
 
 
+def _check_doorbells(controller: Controller, state: ControllerState) -> None:
+    doorbells = state.doorbells
+    found = (doorbells.enabled, doorbells.dbs != 0, doorbells.eis != 0)
+    _require(len(set(found)) == 1, "doorbells: enabled, dbs and eis contradict each other")
+    if not doorbells.enabled:
+        _require(not doorbells.late, "doorbells: late ones, and not enabled")
+        return
+    _require(doorbells.dbcs, "doorbells: enabled, and not offered")
+    _require(bool(state.csts & CSTS_RDY), "doorbells: enabled, and csts is not ready")
+    page = controller.registers.page_size_of(state.cc)
+    for name, address in (("dbs", doorbells.dbs), ("eis", doorbells.eis)):
+        _range(f"doorbells: {name}", address, U64)
+        _require(address % page == 0, f"doorbells: {name} {address:#x} is not aligned to a memory page")
+    sizes = {2 * sq.sqid: sq.size for sq in state.sqs} | {2 * cq.cqid + 1: cq.size for cq in state.cqs}
+    for late in doorbells.late:
+        _require(late.cell in sizes, f"doorbells: there is no queue for the late one {late.cell}")
+        _range(f"doorbells: late {late.cell}", late.value, sizes[late.cell])
+    cells = [late.cell for late in doorbells.late]
+    _require(cells == sorted(set(cells)), "doorbells: the late ones are not in ascending order")
+
+
 def _check_events(controller: Controller, state: ControllerState) -> None:
     events = state.events
     _require(len(events.outstanding) <= controller.events.limit, "events: more requests outstanding than aerl allows")
@@ -340,6 +365,7 @@ def inspect(controller: Controller) -> dict[str, Any]:
         "runs": controller.runs,
         "paused": controller.paused,
         "resetting": bool(controller.resetting),
+        "doorbell_writes": controller.doorbells.writes,
         "in_flight": {sqid: sq.in_flight for sqid, sq in sorted(controller.sqs.items())},
     }
     return tree

@@ -69,6 +69,10 @@ class Engine(Protocol):
     One queue is run by one thread at a time; different queues may run at once.
     """
 
+    @property
+    def poll(self) -> float:
+        """Seconds that `run` goes on looking at a doorbell in memory when it has found no more work."""
+
     def bind(self, run: Callable[[int], None]) -> None:
         """`run(sqid)` is what runs a queue; the controller calls this once, before any `attach`."""
 

@@ -98,6 +98,7 @@ class Admin(enum.IntEnum):
     GET_FEATURES = 0x0A
     ASYNC_EVENT_REQUEST = 0x0C
     NAMESPACE_ATTACHMENT = 0x15
+    DOORBELL_BUFFER_CONFIG = 0x7C
     FORMAT_NVM = 0x80
 
 
@@ -276,6 +277,7 @@ class DescriptorType(enum.IntEnum):
 
 OACS_FORMAT: Final = 1 << 1
 OACS_NAMESPACE_MANAGEMENT: Final = 1 << 3
+OACS_DOORBELL_BUFFER_CONFIG: Final = 1 << 8
 """Optional Admin Command Support. Base 5.17.2.1, figure 275, as all of the following."""
 ONCS_COMPARE: Final = 1 << 0
 ONCS_DATASET_MANAGEMENT: Final = 1 << 2

@@ -163,6 +163,31 @@ class IdentityState:
 
 
 @dataclass(slots=True)
+class LateState:
+    """A shadow doorbell that the host has not used yet."""
+
+    cell: int
+    """Its index in the buffer."""
+    value: int
+    """What the controller has put there."""
+
+
+@dataclass(slots=True)
+class DoorbellsState:
+    """Doorbell Buffer Config; the buffers themselves are the guest's memory."""
+
+    dbcs: bool = False
+    """Whether the command is offered: the guest has seen it."""
+    enabled: bool = False
+    dbs: int = 0
+    """Guest address of the shadow doorbells."""
+    eis: int = 0
+    """Guest address of EventIdx."""
+    late: list[LateState] = field(default_factory=list)
+    """In ascending order."""
+
+
+@dataclass(slots=True)
 class ControllerState:
     """Everything."""
 
@@ -186,3 +211,4 @@ class ControllerState:
     namespaces: list[NamespaceState]
     held: list[HeldState]
     """By queue, each in the order of submission."""
+    doorbells: DoorbellsState = field(default_factory=DoorbellsState)

@@ -2,7 +2,7 @@
 
 QEMU's fields are filled as QEMU would, as far as our state knows them; what QEMU lacks is in our subsections
 (vmsd_ours.py). Loading builds the state from the tree, and then the tree from the state again: a field that
-says something else than the rest, or uses what we do not have (CMB, PMR, shadow doorbells, metadata), is refused by its
+says something else than the rest, or uses what we do not have (CMB, PMR, metadata), is refused by its
 name. A later version that fills more of QEMU's fields must allow for what older ones wrote there; the golden files show
 when.
 """
@@ -148,9 +148,9 @@ def _controller_tree(c: ControllerState) -> Tree:
         "smart_critical_warning": c.smart.critical_warning,
         "conf_msix_qsize": c.identity.msix_qsize,
         "conf_ioqpairs": pairs,
-        "dbbuf_dbs": 0,
-        "dbbuf_eis": 0,
-        "dbbuf_enabled": False,
+        "dbbuf_dbs": c.doorbells.dbs,
+        "dbbuf_eis": c.doorbells.eis,
+        "dbbuf_enabled": c.doorbells.enabled,
         "aer_mask": sum(1 << kind for kind in c.events.masked),
         "aer_reqs": [_aer_tree(cid) for cid in c.events.outstanding[: ours.MAX_AERS]],
         "aer_queue": [_event_tree(event) for event in c.events.queued],
@@ -283,6 +283,7 @@ def _controller_from(tree: Tree) -> ControllerState:
         changed_namespaces=ours.changed_namespaces(tree),
         namespaces=ours.namespaces(tree),
         held=ours.held(tree),
+        doorbells=ours.doorbells(tree, enabled=tree["dbbuf_enabled"], dbs=tree["dbbuf_dbs"], eis=tree["dbbuf_eis"]),
     )
 
 

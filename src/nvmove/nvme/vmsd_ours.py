@@ -13,10 +13,12 @@ from typing import Any
 
 from nvmove.nvme.state import (
     ControllerState,
+    DoorbellsState,
     ErrorEntryState,
     FeaturesState,
     HeldState,
     IdentityState,
+    LateState,
     NamespaceState,
     SmartState,
     SubmissionQueueState,
@@ -35,6 +37,7 @@ CHANGED = PREFIX + "changed-namespaces"
 IRQ_STATUS = PREFIX + "irq-status"
 REQUESTS = PREFIX + "more-aers"
 HELD = PREFIX + "held"
+DOORBELLS = PREFIX + "doorbells"
 
 MAX_QUEUES = 1 << 16
 MAX_NAMESPACES = 256
@@ -85,6 +88,7 @@ NUMBER = _structure("nvme/nvmove/number", Int("value", 4))
 QUEUE = _structure(
     "nvme/nvmove/submission-queue", Int("sqid", 2), Int("priority", 1), Counted("aborted", NUMBER, MAX_QUEUES)
 )
+LATE = _structure("nvme/nvmove/late-doorbell", Int("cell", 4), Int("value", 4))
 HELD_COMMAND = _structure("nvme/nvmove/held-command", Int("sqid", 2), Bool("aborted"), Buffer("sqe", 64))
 FEATURES_FIELDS: tuple[Field, ...] = (
     *(Int(name, 4) for name in ("arbitration", "power_management", "volatile_write_cache", "number_of_queues")),
@@ -147,6 +151,7 @@ EMPTY_CHANGED: Tree = {"namespaces": []}
 NO_HIGH_VECTORS: Tree = {"high": b""}
 NO_MORE_AERS: Tree = {"cids": []}
 NONE_HELD: Tree = {"commands": []}
+NO_DOORBELL_BUFFERS: Tree = {"dbcs": False, "late": []}
 DEFAULTS: dict[str, Tree] = {
     FEATURES: features_tree(FeaturesState()),
     SMART: smart_tree(SmartState()),
@@ -156,6 +161,7 @@ DEFAULTS: dict[str, Tree] = {
     IRQ_STATUS: NO_HIGH_VECTORS,
     REQUESTS: NO_MORE_AERS,
     HELD: NONE_HELD,
+    DOORBELLS: NO_DOORBELL_BUFFERS,
 }
 """What an absent subsection stands for; those not listed are always there."""
 
@@ -176,6 +182,7 @@ SUBSECTIONS = (
     _subsection(IRQ_STATUS, Blob("high", MAX_VECTORS // 8)),
     _subsection(REQUESTS, Counted("cids", NUMBER, MAX_QUEUES)),
     _subsection(HELD, Counted("commands", HELD_COMMAND, MAX_HELD)),
+    _subsection(DOORBELLS, Bool("dbcs"), Counted("late", LATE, 2 * MAX_QUEUES)),
 )
 
 
@@ -193,6 +200,7 @@ def to_subsections(state: ControllerState) -> Tree:
         IRQ_STATUS: {"high": high.to_bytes((high.bit_length() + 7) // 8, "little")},
         REQUESTS: {"cids": _numbers(state.events.outstanding[MAX_AERS:])},
         HELD: {"commands": [asdict(command) for command in state.held]},
+        DOORBELLS: {"dbcs": state.doorbells.dbcs, "late": [asdict(late) for late in state.doorbells.late]},
     }
 
 
@@ -242,6 +250,12 @@ def held(tree: Tree) -> list[HeldState]:
     return [HeldState(**command) for command in tree[HELD]["commands"]]
 
 
+def doorbells(tree: Tree, **of_qemu: Any) -> DoorbellsState:
+    """Return Doorbell Buffer Config: its subsection, and what QEMU's fields hold of it."""
+    own = tree[DOORBELLS]
+    return DoorbellsState(dbcs=own["dbcs"], late=[LateState(**late) for late in own["late"]], **of_qemu)
+
+
 def irq_status(tree: Tree) -> int:
     """Return the INTx status of all vectors; QEMU's field has the first 32."""
     return int(tree["irq_status"]) | int.from_bytes(tree[IRQ_STATUS]["high"], "little") << 32
@@ -259,4 +273,5 @@ def set_queue_extras(tree: Tree, queues: Sequence[SubmissionQueueState]) -> None
 
 assert {f.name for f in fields(NamespaceState)} == {f.name for f in NAMESPACE.fields}
 assert {f.name for f in fields(ErrorEntryState)} == {f.name for f in ERROR.fields}
+assert {f.name for f in fields(LateState)} == {f.name for f in LATE.fields}
 assert {f.name for f in fields(HeldState)} == {f.name for f in HELD_COMMAND.fields}

@@ -129,6 +129,7 @@ def _controller(option: Option, values: Values, firmware: str) -> ParsedControll
         aerl=values.number("aerl"),
         aer_max_queued=values.number("aer_max_queued"),
         use_intel_id=values.switch("use-intel-id"),
+        dbcs=values.switch("dbcs"),
         smart_critical_warning=values.number("smart_critical_warning"),
         firmware_version=values.text("firmware-version") or firmware or ControllerConfig(serial="").firmware_version,
     )

@@ -104,7 +104,7 @@ CONTROLLER: Mapping[str, Property] = {
     "atomic.dn": Property(_B, _D, False),
     "cmb_size_mb": Property(_32, _D, 0),
     "ctratt.mem": Property(_B, _D, False),
-    "dbcs": Property(_B, _D, True),
+    "dbcs": Property(_B, default=True),
     "firmware-version": Property(_T),
     "ioeventfd": Property(_B, _D, False),
     "legacy-cmb": Property(_B, _D, False),

@@ -1,0 +1,262 @@
+"""Where doorbell values come from, and how the host is told when it must ring.
+
+A doorbell register is a cell of 32 bits: submission queue y's tail is cell 2y, completion queue y's head cell 2y + 1
+(PCIe 3.1.2). Its value reaches the controller on one of three ways (`Place`):
+
+    MESSAGE   every write of the register comes to `Controller.write`, and goes into the ring at once
+    PAGE      `x-doorbells=mapped`: the client has mapped the registers and writes them unseen; somebody has to look
+    GUEST     Doorbell Buffer Config (Base 5.8): the guest writes a page of its own, the shadow doorbells, and the
+              register only when it steps over the queue's entry in a second page, EventIdx
+
+With GUEST a write of the register is a wake-up and nothing more: what it says may be older than what the shadow says.
+Nothing is missed, because a worker that goes to sleep first writes to EventIdx how far it has looked, and then looks
+once more (`arm`, `look`); the guest writes its shadow first and then reads EventIdx. While a worker is awake EventIdx
+lags behind, so that the guest does not ring.
+
+A queue that existed before the command is GUEST only from the first value on that the guest puts into its shadow. Until
+then (`late`) its register counts: doorbells rung while the command ran, and the admin queue's, which Linux never moves.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from nvmove.nvme.errors import CommandError
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.seams import DmaError
+from nvmove.nvme.spec import EVENT_INVALID_DOORBELL_VALUE, EventType, Log, Status
+from nvmove.nvme.state import DoorbellsState, LateState
+
+if TYPE_CHECKING:
+    from nvmove.nvme.command import Command
+    from nvmove.nvme.controller import Controller
+
+CELL = 4
+"""Bytes of a doorbell, a shadow doorbell and an EventIdx: CAP.DSTRD is 0."""
+
+Ring = SubmissionQueue | CompletionQueue
+
+
+class Place(enum.Enum):
+    """Where a queue's doorbell is."""
+
+    MESSAGE = "message"
+    PAGE = "page"
+    GUEST = "guest"
+
+
+class Source(NamedTuple):
+    """A queue's doorbell. GUEST: guest addresses of the cell and of its EventIdx."""
+
+    place: Place
+    address: int = 0
+    event: int = 0
+
+
+MESSAGE = Source(Place.MESSAGE)
+
+
+def cell_of(ring: Ring) -> int:
+    """Return the index of a queue's doorbell."""
+    return 2 * ring.sqid if isinstance(ring, SubmissionQueue) else 2 * ring.cqid + 1
+
+
+def _position(ring: Ring) -> int:
+    return ring.tail if isinstance(ring, SubmissionQueue) else ring.head
+
+
+class _Watch(NamedTuple):
+    """What a worker looks at: its queue and others, and the buffers of that moment."""
+
+    sq: SubmissionQueue
+    rings: list[Ring]
+    dbs: int
+    eis: int
+
+
+class Doorbells:
+    """The doorbells of one controller. What says so wants its lock; the rest is for the queues' workers, without it."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._lock = controller.lock
+        self._fence = threading.Lock()
+        self.writes = 0
+        """Doorbell registers written by message since the controller exists."""
+        self.reset()
+
+    def reset(self) -> None:
+        """No shadow doorbells. With the lock."""
+        self.dbs = self.eis = 0
+        self.late: dict[int, int] = {}
+        """Cells that the host has not used yet, and what this controller has put there."""
+        self._refused: dict[int, int] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the guest has configured shadow doorbells: one buffer has address `dbs`, the other `eis`."""
+        return bool(self.dbs)
+
+    @property
+    def cells(self) -> int:
+        """Cells of each buffer: those of all possible queues, as far as they fit in its one memory page."""
+        controller = self._controller
+        return min(2 * (controller.config.max_ioqpairs + 1), controller.page_size // CELL)
+
+    def source(self, qid: int, is_cq: bool) -> Source:
+        """Return where the doorbell of a queue is. With the lock."""
+        cell = 2 * qid + is_cq
+        if not self.enabled or cell in self.late or cell >= self.cells:
+            return MESSAGE
+        return Source(Place.GUEST, self.dbs + CELL * cell, self.eis + CELL * cell)
+
+    # --- Doorbell Buffer Config --------------------------------------------------------------------------------------
+
+    def configure(self, command: Command, dbs: int, eis: int) -> None:
+        """Put the doorbells' values into both buffers, and look there from now on; raise CommandError."""
+        controller = self._controller
+        with self._lock:
+            values = {cell_of(ring): _position(ring) for ring in self._rings()}
+        image = b"".join(values.get(cell, 0).to_bytes(CELL, "little") for cell in range(self.cells))
+        self._store(image, dbs, eis)
+        with self._lock:
+            if command.stale:
+                raise CommandError(Status.ABORT_REQUESTED)
+            self.reset()
+            self.dbs, self.eis = dbs, eis
+            self.late = {cell: value for cell, value in values.items() if cell < self.cells}
+            for sqid in controller.sqs:
+                controller.engine.kick(sqid)
+
+    def clear(self, qid: int, is_cq: bool) -> None:
+        """A queue is about to be created: nothing was rung for it; raise CommandError."""
+        cell = 2 * qid + is_cq
+        with self._lock:
+            self.late.pop(cell, None)
+            self._refused.pop(cell, None)
+            if not self.enabled or cell >= self.cells:
+                return
+            dbs, eis = self.dbs, self.eis
+        self._store(bytes(CELL), dbs + CELL * cell, eis + CELL * cell)
+
+    def _store(self, image: bytes, *addresses: int) -> None:
+        try:
+            for address in addresses:
+                self._controller.memory.write(address, image)
+        except DmaError:
+            raise CommandError(Status.DATA_TRANSFER_ERROR) from None
+
+    def _rings(self) -> Iterator[Ring]:
+        yield from self._controller.sqs.values()
+        yield from self._controller.cqs.values()
+
+    # --- the workers' side -------------------------------------------------------------------------------------------
+
+    def look(self, sqid: int) -> bool:
+        """Take over what the host has rung in memory for the submission queue and where it matters for completions.
+
+        Return whether there is anything to look at; otherwise kicks say all.
+        """
+        watch = self._enter(sqid)
+        if watch is None:
+            return False
+        try:
+            for ring in watch.rings:
+                self._update(ring, watch.dbs)
+        except DmaError:
+            self._lost(watch, "shadow doorbells are")
+        finally:
+            self._leave(watch)
+        return True
+
+    def arm(self, sqid: int) -> None:
+        """Let the host ring from its next step on. What it rang before this took effect, a `look` must find."""
+        watch = self._enter(sqid)
+        if watch is None:
+            return
+        try:
+            for ring in watch.rings:
+                self._controller.memory.write(
+                    watch.eis + CELL * cell_of(ring), _position(ring).to_bytes(CELL, "little")
+                )
+        except DmaError:
+            self._lost(watch, "EventIdx buffer is")
+        finally:
+            self._leave(watch)
+        with self._fence:
+            pass  # a lock is a full barrier: EventIdx is written before the shadow is read again
+
+    def _enter(self, sqid: int) -> _Watch | None:
+        """Return what a submission queue's worker has to look at; it is in flight until `_leave`."""
+        controller = self._controller
+        with self._lock:
+            sq = controller.sqs.get(sqid)
+            if sq is None or not self.enabled or not controller.runs:
+                return None
+            # Of a completion queue's head nothing depends but room, and with INTx the level of the pin.
+            watches_pin = not controller.interrupts.msix_enabled
+            rings: list[Ring] = [sq]
+            if watches_pin or sq.cq.free <= 0:
+                rings.append(sq.cq)
+            if sqid == 0 and watches_pin:
+                rings += [cq for cq in controller.cqs.values() if not cq.sqs]
+            rings = [ring for ring in rings if cell_of(ring) < self.cells]
+            if not rings:
+                return None
+            controller.activity.enter(sq)
+            return _Watch(sq, rings, self.dbs, self.eis)
+
+    def _leave(self, watch: _Watch) -> None:
+        with self._lock:
+            after = self._controller.activity.leave(watch.sq)
+        for callback in after:
+            callback()
+
+    def _lost(self, watch: _Watch, what: str) -> None:
+        if watch.sq.epoch == self._controller.epoch:
+            self._controller.fatal(f"the {what} not in guest memory")
+
+    def _update(self, ring: Ring, dbs: int) -> None:
+        cell = cell_of(ring)
+        while True:
+            before = _position(ring)
+            value = int.from_bytes(self._controller.memory.read(dbs + CELL * cell, CELL), "little")
+            with self._lock:
+                if _position(ring) == before:  # another worker may have read a newer value of a shared head
+                    self._take(cell, ring, value)
+                    return
+
+    def _take(self, cell: int, ring: Ring, value: int) -> None:
+        """The host's doorbell has `value`. With the lock."""
+        if not self.enabled or self.late.get(cell) == value:
+            return
+        self.late.pop(cell, None)
+        if value == _position(ring):
+            return
+        was_full = isinstance(ring, CompletionQueue) and ring.free <= 0
+        if not (ring.set_tail(value) if isinstance(ring, SubmissionQueue) else ring.set_head(value)):
+            self._refuse(cell, value)
+        elif isinstance(ring, CompletionQueue):
+            self._controller.head_moved(ring, was_full)
+
+    def _refuse(self, cell: int, value: int) -> None:
+        """A value that cannot be: an event when it appears, not each time that it is seen."""
+        if self._refused.get(cell) != value:
+            self._refused[cell] = value
+            self._controller.raise_event(EventType.ERROR, EVENT_INVALID_DOORBELL_VALUE, Log.ERROR_INFORMATION)
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> DoorbellsState:
+        """Return what of the doorbells is state. With the lock."""
+        late = [LateState(cell, value) for cell, value in sorted(self.late.items())]
+        return DoorbellsState(self._controller.config.dbcs, self.enabled, self.dbs, self.eis, late)
+
+    def load(self, state: DoorbellsState) -> None:
+        """Take over a state that was checked. With the lock."""
+        self.reset()
+        self.dbs, self.eis = state.dbs, state.eis
+        self.late = {late.cell: late.value for late in state.late}
