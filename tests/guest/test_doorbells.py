@@ -45,7 +45,6 @@ def test_a_guest_with_shadow_doorbells_seldom_rings(tree: Sysroot, machine: Mach
     machine.boot([*arguments(tree, work, image="d0.img"), *traced(work)])
     assert machine.console.check("cat /sys/class/nvme/nvme0/queue_count") == "3"
     rung = rung_per_io(machine, work)
-    print("rung", rung)
     assert_well(machine)
     assert machine.quit() == 0
     assert rung < 0.5
@@ -54,7 +53,6 @@ def test_a_guest_with_shadow_doorbells_seldom_rings(tree: Sysroot, machine: Mach
 def test_a_guest_that_is_offered_none_works_as_before(tree: Sysroot, machine: Machine, work: Path) -> None:
     machine.boot([*arguments(tree, work, "dbcs=off", "d0.img"), *traced(work)])
     rung = rung_per_io(machine, work)
-    print("rung", rung)
     assert rung > 0.5
     assert_well(machine)
     assert machine.quit() == 0
