@@ -27,6 +27,8 @@ class ServedDrive:
     in_qemu: bool
     """Whether the image is QEMU's (and exported to us) or opened by nvmove itself."""
     io: IoStatus = field(default_factory=IoStatus)
+    export: str = ""
+    """Where it is QEMU's: the id of its export to us."""
 
     @property
     def label(self) -> str:
@@ -102,8 +104,18 @@ def entry(drive: ServedDrive) -> dict[str, Any]:
     }
 
 
-def complete(answer: list[dict[str, Any]], drives: Sequence[ServedDrive]) -> list[dict[str, Any]]:
-    """Return QEMU's answer to `query-block` with our devices' drives in it."""
+def unnamed(drives: Sequence[ServedDrive]) -> list[ServedDrive]:
+    """Return the drives that QEMU shows to nobody: nodes of -blockdev, which no device of its own uses."""
+    return [drive for drive in drives if drive.in_qemu and not drive.name]
+
+
+def complete(
+    answer: list[dict[str, Any]], drives: Sequence[ServedDrive], nodes: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Return QEMU's answer to `query-block` with our devices' drives in it.
+
+    `nodes` are the BlockDeviceInfos (QEMU's QAPI) of those that are `unnamed`, by their exports.
+    """
     exported = {name: drive for drive in drives if drive.in_qemu for name in (drive.name, drive.node) if name}
     result = []
     for info in answer:
@@ -114,7 +126,13 @@ def complete(answer: list[dict[str, Any]], drives: Sequence[ServedDrive]) -> lis
         else:
             kept = {key: value for key, value in info.items() if key != "tray_open"}
             result.append({**_io_status(drive), **kept, "removable": False, "qdev": drive.qdev})
-    return result + [entry(drive) for drive in drives if not drive.in_qemu]
+    for drive in drives:
+        if not drive.in_qemu:
+            result.append(entry(drive))
+        elif nodes and drive.export in nodes:
+            found = {"device": "", "locked": False, "removable": False, "inserted": nodes[drive.export]}
+            result.append({**_io_status(drive), **found, "qdev": drive.qdev, "type": "unknown"})
+    return result
 
 
 def _cache_mode(cache: dict[str, bool]) -> str:
@@ -156,6 +174,12 @@ def paragraph(info: dict[str, Any], verbose: bool) -> list[str]:
             *(f"    {key.replace('-', ' ')}: {value}" for key, value in image["limits"].items()),
         ]
     return lines
+
+
+def attach(text: str, drive: ServedDrive) -> str:
+    """Return QEMU's output of HMP `info block NODE` with the device that uses the node."""
+    title, *lines = text.strip("\r\n").splitlines()
+    return "\r\n".join([title, f"    Attached to:      {drive.qdev}", *_io_status_lines(_io_status(drive)), *lines, ""])
 
 
 def complete_text(text: str, drives: Sequence[ServedDrive], only: str | None, verbose: bool) -> str:

@@ -53,12 +53,14 @@ async def add_export(monitor: Monitor, export: Export, node: str | None = None) 
     )
 
 
+async def current_nodes(monitor: Monitor) -> dict[str, str]:
+    """Return the names of the nodes that QEMU's exports are on now, by the exports' ids."""
+    return {found["id"]: found["node-name"] for found in await monitor.execute("query-block-exports")}
+
+
 async def current_node(monitor: Monitor, export: Export) -> str:
     """Return the node that `export` is on now."""
-    for found in await monitor.execute("query-block-exports"):
-        if found["id"] == export.name:
-            return str(found["node-name"])
-    return export.node
+    return (await current_nodes(monitor)).get(export.name, export.node)
 
 
 async def remove_export(monitor: Monitor, ident: str) -> None:

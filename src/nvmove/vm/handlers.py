@@ -10,6 +10,7 @@ from typing import Any
 from nvmove.nvme.seams import DmaError
 from nvmove.vm import blockinfo
 from nvmove.vm.blockinfo import ServedDrive
+from nvmove.vm.exports import current_nodes
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.runstate import RunState
@@ -123,7 +124,20 @@ class Handlers:
     # --- block devices -----------------------------------------------------------------------------------------------
 
     async def _query_block(self, facade: Facade, _arguments: dict[str, Any]) -> Any:
-        return blockinfo.complete(await facade.execute("query-block"), self._drives)
+        answer = await facade.execute("query-block")
+        nodes = await self._unnamed_nodes(facade)
+        if nodes:
+            known = {info["node-name"]: info for info in await facade.execute("query-named-block-nodes")}
+            found = {export: known[node] for export, node in nodes.items() if node in known}
+            return blockinfo.complete(answer, self._drives, found)
+        return blockinfo.complete(answer, self._drives)
+
+    async def _unnamed_nodes(self, facade: Facade) -> dict[str, str]:
+        """Return the current nodes of the drives that QEMU shows to nobody, by their exports."""
+        unnamed = {drive.export for drive in blockinfo.unnamed(self._drives)}
+        if not unnamed:
+            return {}
+        return {export: node for export, node in (await current_nodes(facade)).items() if export in unnamed}
 
     async def _info_block(self, facade: Facade, arguments: str, _out: Out) -> str:
         words = arguments.split()
@@ -137,4 +151,12 @@ class Handlers:
             text = ""
         else:
             text = await facade.hmp(f"info block {arguments}".strip())
+        nodes = await self._unnamed_nodes(facade)
+        for drive in blockinfo.unnamed(self._drives):
+            node = nodes.get(drive.export, "")
+            if only is None and node:
+                shown = await facade.hmp(f"info block {'-v ' if verbose else ''}{node}")
+                text += ("\r\n" if text else "") + blockinfo.attach(shown, drive)
+            elif only == node:
+                text = blockinfo.attach(text, drive)
         return blockinfo.complete_text(text, self._drives, only, verbose)

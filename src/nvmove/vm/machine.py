@@ -186,7 +186,7 @@ class Machine:
         images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)
         exports = await self._connect_exports(facade)
-        by_key = {key: self._served(drive) for key, drive in self._drives.items()}
+        by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
         served = list(by_key.values())
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable, bus)
@@ -255,9 +255,18 @@ class Machine:
             image = exports[key]
         return Disk(drive.plan.name, drive.plan.node, image, functools.partial(device.refresh, key))
 
-    def _served(self, drive: _Drive) -> ServedDrive:
+    def _served(self, drive: _Drive, export: Export | None) -> ServedDrive:
         plan = drive.plan
-        return ServedDrive(plan.name, drive.node, plan.device, plan.config, drive.backend, plan.in_qemu, drive.io)
+        return ServedDrive(
+            plan.name,
+            drive.node,
+            plan.device,
+            plan.config,
+            drive.backend,
+            plan.in_qemu,
+            drive.io,
+            export.name if export else "",
+        )
 
     async def _load(self, snapshots: Snapshots, tag: str) -> None:
         """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""

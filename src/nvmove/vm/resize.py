@@ -6,13 +6,14 @@ QEMU refuses to resize a node that its NBD server exports, so the export is take
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nvmove.block.backend import BackendError
 from nvmove.options.syntax import parse_size
-from nvmove.vm.exports import Export, add_export, current_node, remove_export
+from nvmove.vm.exports import Export, add_export, current_nodes, remove_export
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.runstate import MIGRATING, RunState
 
@@ -52,36 +53,42 @@ class Resize:
         self._facade.handlers["block_resize"] = self._qmp
         self._facade.hmp_handlers["block_resize"] = self._hmp
 
-    def _find(self, device: object, node: object) -> Disk | None:
+    async def _find(self, device: object, node: object) -> tuple[Disk, str] | None:
+        """Return a disk and the node that it is on now: a snapshot or a job may have put another one in its place."""
+        current = await current_nodes(self._facade) if any(isinstance(d.image, Export) for d in self._disks) else {}
         for disk in self._disks:
-            if (disk.name and disk.name == device) or (disk.node and disk.node == node):
-                return disk
+            on = current.get(disk.image.name, disk.node) if isinstance(disk.image, Export) else disk.node
+            if (disk.name and disk.name == device) or (on and on == node):
+                return disk, on
         return None
 
     async def _qmp(self, facade: Facade, arguments: dict[str, Any]) -> Any:
-        disk = self._find(arguments.get("device"), arguments.get("node-name"))
+        found = await self._find(arguments.get("device"), arguments.get("node-name"))
         size = arguments.get("size")
         is_whole = type(size) is int and arguments.keys() <= {"device", "node-name", "size"}
 
         async def in_qemu() -> Any:
             return await facade.execute("block_resize", arguments)
 
-        if disk is None or not is_whole:  # the error is QEMU's
+        if found is None or not is_whole:  # the error is QEMU's
             return await in_qemu()
+        disk, node = found
         if not isinstance(disk.image, Export):
             assert isinstance(size, int)
             await self._resize_raw(disk, disk.image, size)
             return {}
-        return await self._at_rest(disk, self._without_export(disk.image, in_qemu))
+        return await self._at_rest(disk, self._without_export(disk, disk.image, node, in_qemu))
 
     async def _hmp(self, facade: Facade, arguments: str, _out: Callable[[str], None]) -> str:
         words = arguments.split()
-        disk = self._find(words[0], None) if len(words) == 2 else None
+        found = await self._find(words[0], None) if len(words) == 2 else None
         line = f"block_resize {arguments}".strip()
-        if disk is None:
+        if found is None:
             return await facade.hmp(line)
+        disk, node = found
         if isinstance(disk.image, Export):
-            return str(await self._at_rest(disk, self._without_export(disk.image, lambda: facade.hmp(line))))
+            work = self._without_export(disk, disk.image, node, lambda: facade.hmp(line))
+            return str(await self._at_rest(disk, work))
         size = parse_size(words[1], "m")
         if size is None:
             return _INVALID_SIZE
@@ -110,10 +117,21 @@ class Resize:
                     await self._runstate.resume_devices()
             return answer
 
-    async def _without_export(self, export: Export, work: Callable[[], Awaitable[Any]]) -> Any:
-        node = await current_node(self._facade, export)
+    async def _without_export(self, disk: Disk, export: Export, node: str, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do `work` while `node` is not exported.
+
+        A node that nobody uses, and that the user did not add (as the overlay that blockdev-snapshot-sync makes of a
+        -blockdev), would be gone with its export: another node holds it.
+        """
+        holder = ""
+        if not disk.name:
+            holder = f"nvmove-hold-{secrets.token_hex(4)}"  # at most 31 bytes
+            hold = {"driver": "raw", "node-name": holder, "file": node, "read-only": True}
+            await self._facade.execute("blockdev-add", hold)
         await remove_export(self._facade, export.name)
         try:
             return await work()
         finally:
             await add_export(self._facade, export, node)
+            if holder:
+                await self._facade.execute("blockdev-del", {"node-name": holder})
