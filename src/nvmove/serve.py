@@ -92,6 +92,8 @@ def _configure(devices: list[str], drives: list[str]) -> tuple[ParsedController,
     for use in controllers[0].drives:
         if use.name not in known:
             raise use.option.error(f"Property '{use.option.get('driver')}.drive' can't find value '{use.name}'")
+        if use.image_owner == "qemu":
+            raise use.option.error("image-owner=qemu: serve has no QEMU that could open the image")
     for name in known:
         if name not in wanted:
             raise UserError(f"serve: the drive '{name}' is used by no --device")

@@ -130,3 +130,13 @@ def test_there_is_an_io_status_where_an_error_may_stop_the_vm(
     raw.io.fail(is_no_space=True)
     assert ("io-status" in blockinfo.entry(raw)) == shown
     assert ("nospace" in blockinfo.complete_text("", [raw], None, verbose=False)) == shown
+
+
+def test_a_node_of_blockdev_is_shown_as_qemu_shows_one_with_a_device(raw: ServedDrive) -> None:
+    drive = ServedDrive("", "n0", "nv0", DriveConfig(node_name="n0", file=""), raw.backend, in_qemu=True, export="e0")
+    assert blockinfo.unnamed([drive, raw]) == [drive]
+    (info,) = blockinfo.complete([], [drive], {"e0": {"node-name": "overlay"}})
+    assert (info["device"], info["qdev"], info["inserted"]) == ("", "nv0", {"node-name": "overlay"})
+    assert blockinfo.complete([], [drive]) == [], "while it is not exported"
+    shown = blockinfo.attach("\r\noverlay: o.qcow2 (qcow2)\r\n    Cache mode:       writeback\r\n", drive)
+    assert shown == ("overlay: o.qcow2 (qcow2)\r\n    Attached to:      nv0\r\n    Cache mode:       writeback\r\n")

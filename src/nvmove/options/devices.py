@@ -32,6 +32,8 @@ class DriveUse:
     werror: str = "auto"
     rerror: str = "auto"
     """What is done about the drive's errors; `auto`: as the drive says."""
+    image_owner: str = "auto"
+    """Who opens the image: `qemu`, `nvmove`, or `auto`: nvmove where it can."""
 
 
 @dataclass(slots=True)
@@ -91,7 +93,8 @@ def parse_controllers(devices: Iterable[Option], firmware: str = "") -> list[Par
             raise option.error(f"Drive '{drive}' is already in use by another device")
         used.add(drive)
         cache, actions = values.text("write-cache"), (values.text("werror"), values.text("rerror"))
-        owner.drives.append(DriveUse(drive, option, values.switch("share-rw"), cache, *actions))
+        use = DriveUse(drive, option, values.switch("share-rw"), cache, *actions, values.text("image-owner"))
+        owner.drives.append(use)
     return controllers
 
 

@@ -97,10 +97,10 @@ class Drive(msgspec.Struct, frozen=True, kw_only=True):
     """The node names that disappear from QEMU when nvmove opens it."""
 
 
-def read_drive(option: Option, snapshot: bool) -> Drive:
+def read_drive(option: Option, snapshot: bool, owner: str = "auto") -> Drive:
     """Read a `-drive`; with `snapshot` (QEMU's -snapshot) its changes are to be lost, which is QEMU's to do.
 
-    Raises OptionError.
+    `owner` is the device's image-owner. Raises OptionError.
     """
     werror, rerror = error_actions(option)
     for name in option.values:
@@ -130,6 +130,7 @@ def read_drive(option: Option, snapshot: bool) -> Drive:
         or path is None
         or not set(option.values) <= _DRIVE_KEYS
     )
+    in_qemu = _in_qemu(given, in_qemu, owner)
     if path is not None and not in_qemu:
         config = msgspec.structs.replace(config, file=path)
     return Drive(config=config, in_qemu=in_qemu, option=given, nodes=(config.node_name,) if config.node_name else ())
@@ -161,10 +162,10 @@ def with_device_actions(config: DriveConfig, werror: str, rerror: str) -> DriveC
     return msgspec.structs.replace(config, **given)
 
 
-def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[str]) -> Drive:
+def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[str], owner: str = "auto") -> Drive:
     """Read a `-blockdev`; `nodes` are all of them by name, `shared` the names that something else refers to too.
 
-    Raises OptionError.
+    `owner` is the device's image-owner. Raises OptionError.
     """
     name = node.get("node-name")
     plain = _flat(node)
@@ -187,6 +188,7 @@ def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[s
         or not set(protocol.values) <= known_below
         or bool({name, below} & shared)
     )
+    in_qemu = _in_qemu(node, in_qemu, owner)
     options = _node_options(plain, protocol)
     config = DriveConfig(
         node_name=name,
@@ -198,6 +200,12 @@ def read_blockdev(node: Option, nodes: Mapping[str, Option], shared: frozenset[s
     )
     gone = (name, below) if below and not in_qemu else (name,)
     return Drive(config=config, in_qemu=in_qemu, option=node, nodes=gone)
+
+
+def _in_qemu(drive: Option, needs_qemu: bool, owner: str) -> bool:
+    if needs_qemu and owner == "nvmove":
+        raise drive.error("image-owner=nvmove is for raw images whose options nvmove knows; this one needs QEMU")
+    return needs_qemu or owner == "qemu"
 
 
 def _inline(node: Option) -> tuple[Option, Option]:

@@ -35,6 +35,7 @@ class Kind(enum.Enum):
     UINT64 = "uint64"
     SIZE = "size"
     ON_ERROR = "BlockdevOnError"
+    OWNER = "ImageOwner"
 
 
 class Property(NamedTuple):
@@ -53,8 +54,11 @@ OWN: Mapping[str, Property] = {
     # QEMU's nvme has no such properties, but its virtio-blk and scsi-hd have them
     "werror": Property(Kind.ON_ERROR, default="auto"),
     "rerror": Property(Kind.ON_ERROR, default="auto"),
+    # who opens the drive's image: QEMU, so that its block jobs reach it, or nvmove, which is faster
+    "image-owner": Property(Kind.OWNER, default="auto"),
 }
 
+_OWNERS = ("auto", "qemu", "nvmove")
 _ON_ERROR = ("report", "ignore", "enospc", "stop", "auto")
 
 _BLOCK: Mapping[str, Property] = {
@@ -230,6 +234,8 @@ class Values:
             return syntax.on_off_auto(option, name)
         if known.kind is Kind.ON_ERROR:
             return _on_error(option, name)
+        if known.kind is Kind.OWNER:
+            return _enumerated(option, name, _OWNERS)
         if known.kind is Kind.TEXT:
             if option.is_json and name == "addr" and isinstance(option.values[name], int):
                 return int(option.values[name])  # a PCI address may be a number there
@@ -238,9 +244,14 @@ class Values:
 
 
 def _on_error(option: Option, name: str) -> str:
-    value = option.get(name)
-    if value not in _ON_ERROR:
-        raise option.error(f"Parameter '{name}' does not accept value '{value}'")
+    value = _enumerated(option, name, _ON_ERROR)
     if name == "rerror" and value == "enospc":
         raise option.error(f"'{value}' invalid read error action")  # as -drive says: no read needs room
+    return value
+
+
+def _enumerated(option: Option, name: str, values: tuple[str, ...]) -> str:
+    value = option.get(name)
+    if value not in values:
+        raise option.error(f"Parameter '{name}' does not accept value '{value}'")
     return value

@@ -145,9 +145,9 @@ class _Lifting:
                             f"Drive '{use.name}' is already in use because it has been automatically connected to "
                             "another device (did you need 'if=none' in the drive options?)"
                         )
-                    drive = self._named(drive_options.read_drive(option, snapshot), len(found))
+                    drive = self._named(drive_options.read_drive(option, snapshot, use.image_owner), len(found))
                 elif use.name in nodes:
-                    drive = drive_options.read_blockdev(nodes[use.name], nodes, shared)
+                    drive = drive_options.read_blockdev(nodes[use.name], nodes, shared, use.image_owner)
                 else:
                     driver = use.option.get("driver")
                     raise use.option.error(f"Property '{driver}.drive' can't find value '{use.name}'")

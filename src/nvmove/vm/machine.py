@@ -39,6 +39,7 @@ from nvmove.vm.machinestate import MachineState, Namespace
 from nvmove.vm.migration import Migration
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.nbdserver import NbdServer
+from nvmove.vm.ownimages import OwnImages
 from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.plan import Plan, PlannedDrive
 from nvmove.vm.resize import Disk, Resizable, Resize
@@ -197,6 +198,7 @@ class Machine:
             nbd_server = NbdServer(facade, shared, self._nbd_socket)
             nbd_server.register()
             self._cleanup.push_async_callback(nbd_server.close)
+        OwnImages(facade, served).register()
         self._io_errors.connect(facade, runstate, by_key)
         self._state.connect(lambda: runstate.to_save, self._io_statuses())
         capabilities = Capabilities(facade)

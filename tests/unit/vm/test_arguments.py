@@ -423,3 +423,25 @@ def test_a_blockdev_has_its_error_actions_from_the_namespace() -> None:
 def test_error_actions_may_be_global_or_set() -> None:
     assert lift(f"{RAW} {NVME} -global nvme.werror=stop").drives[0].config.werror == "stop"
     assert lift(f"{RAW} {NVME},id=n -set device.n.rerror=stop").drives[0].config.rerror == "stop"
+
+
+RAW_NODE = "-blockdev driver=raw,node-name=d0,file.driver=file,file.filename=x"
+
+
+@pytest.mark.parametrize("drive", ["-drive if=none,id=d0,file=x,format=raw", RAW_NODE])
+@pytest.mark.parametrize(("owner", "in_qemu"), [("qemu", True), ("nvmove", False), ("auto", False)])
+def test_the_owner_of_a_raw_image_may_be_said(drive: str, owner: str, in_qemu: bool) -> None:
+    plan = lift(f"{drive} -device nvme,serial=S,drive=d0,image-owner={owner}")
+    assert plan.drives[0].in_qemu == in_qemu
+    assert any("file=x" in word or "filename=x" in word for word in plan.arguments) == in_qemu
+
+
+def test_an_image_that_needs_qemu_cannot_be_nvmoves() -> None:
+    for drive in ("-drive if=none,id=d0,file=x,format=qcow2", "-blockdev driver=qcow2,node-name=d0,file=y"):
+        with pytest.raises(UserError, match="image-owner=nvmove is for raw images whose options nvmove knows"):
+            lift(f"{drive} -device nvme,serial=S,drive=d0,image-owner=nvmove")
+
+
+def test_an_owner_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(UserError, match="Parameter 'image-owner' does not accept value 'me'"):
+        lift("-drive if=none,id=d0,file=x,format=raw -device nvme,serial=S,drive=d0,image-owner=me")

@@ -253,6 +253,32 @@ def test_info_block_of_named_nodes_is_qemus() -> None:
     with_bench(test)
 
 
+def test_a_node_of_blockdev_is_shown_where_its_export_is_now() -> None:
+    async def main() -> None:
+        async with facade_on_fake() as (facade, qemu):
+            config = DriveConfig(node_name="n0", file="a.qcow2")
+            drive = ServedDrive("", "n0", "nv0", config, Disk(), in_qemu=True, export="e0")
+            Handlers(facade, RunState(facade, []), cast(Snapshots, FakeSnapshots()), [drive]).register()
+            qemu.answers |= {
+                "query-block": [],
+                "query-block-exports": [{"id": "e0", "node-name": "overlay"}, {"id": "e1", "node-name": "n0"}],
+                "query-named-block-nodes": [{"node-name": "n0"}, {"node-name": "overlay"}],
+            }
+            for line in ("info block overlay", "info block -v overlay"):
+                qemu.hmp_answers[line] = "\r\noverlay: o.qcow2 (qcow2)\r\n"
+            qemu.hmp_answers |= {"info block": "", "info block n0": "\r\nn0: a\r\n"}
+            qemu.hmp_answers["info block -v"] = "cd: [not inserted]\r\n"
+            (info,) = await facade.dispatch("query-block")
+            assert (info["qdev"], info["inserted"]) == ("nv0", {"node-name": "overlay"})
+            shown = "overlay: o.qcow2 (qcow2)\r\n    Attached to:      nv0\r\n"
+            assert await facade.dispatch_hmp("info block") == shown
+            assert await facade.dispatch_hmp("info block overlay") == shown
+            assert await facade.dispatch_hmp("info block -v") == f"cd: [not inserted]\r\n\r\n{shown}"
+            assert "Attached" not in await facade.dispatch_hmp("info block n0")
+
+    asyncio.run(main())
+
+
 def test_images_that_are_gone_from_their_path_are_still_shown() -> None:
     async def test(bench: Bench) -> None:
         bench.qemu.answers["query-block"] = []

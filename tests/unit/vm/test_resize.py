@@ -23,6 +23,8 @@ class Monitor:
     def __init__(self, running: bool = True, refuses: bool = False) -> None:
         self.log: list[str] = []
         self.exports = ["nvmove-q"]
+        self.node = "qnode"
+        """The node that it is on now."""
         self.running = running
         self.refuses = refuses
         self.handlers: dict[str, Any] = {}
@@ -32,7 +34,7 @@ class Monitor:
         if name == "query-status":
             return {"running": self.running}
         if name == "query-block-exports":
-            return [{"id": ident, "node-name": "qnode"} for ident in self.exports]
+            return [{"id": ident, "node-name": self.node} for ident in self.exports]
         self.log.append(name)
         if name == "block-export-del":
             self.exports.remove("nvmove-q")
@@ -96,6 +98,18 @@ def test_a_node_is_resized_without_its_export_while_the_devices_rest(name: dict[
     monitor = setup()
     assert qmp(monitor, **name, size=4096) == {}
     assert monitor.log == AROUND_EXPORT
+
+
+def test_a_node_that_only_its_export_holds_is_held_meanwhile() -> None:
+    monitor = Monitor()
+    disks = [Disk("", "qnode", Export("q", "qnode", True, "nvmove-q"), lambda: monitor.log.append("refresh"))]
+    Resize(monitor, RunState(monitor, [Device(monitor.log)]), disks).register()  # type: ignore[arg-type]
+    monitor.node = "overlay"
+    assert qmp(monitor, node_name="overlay", size=4096) == {}
+    assert monitor.log == ["pause", "blockdev-add", *AROUND_EXPORT[1:-2], "blockdev-del", *AROUND_EXPORT[-2:]]
+    monitor.log.clear()
+    qmp(monitor, node_name="qnode", size=4096)
+    assert monitor.log == ["block_resize"], "the disk is not on that node any more: QEMU's to answer"
 
 
 def test_a_refused_resize_gives_the_export_back() -> None:
