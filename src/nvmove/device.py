@@ -19,7 +19,7 @@ from typing import Any
 
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.policy import DriveErrors, ErrorReport
-from nvmove.engine.plain import PlainEngine
+from nvmove.engine import choice
 from nvmove.nvme import management, vmsd
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
@@ -78,7 +78,7 @@ class NvmeDevice:
         self._layout = self._config.layout
         self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
         self._memory = GuestMemory()
-        self._engine = engine or PlainEngine(id)
+        self._engine = engine or choice.new_engine(id)
         self.controller = Controller(
             config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error
         )
@@ -180,10 +180,11 @@ class NvmeDevice:
 
         On again forgets what was recorded before.
         """
-        if on:
-            self._memory.dirty.start_marking()
-        else:
-            self._memory.dirty.stop_marking()
+        with self.controller.leases.suspended():  # an engine that runs queues itself marks nothing
+            if on:
+                self._memory.dirty.start_marking()
+            else:
+                self._memory.dirty.stop_marking()
 
     def mark_dirty(self) -> DirtyReport:
         """Mark what could not be marked while the guest ran; the device is paused and the VM stopped. Waits.

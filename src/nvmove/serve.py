@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.open import open_drive
 from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.device import NvmeDevice
+from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.nvme.config import ControllerConfig
 from nvmove.options.devices import DriveUse, ParsedController, parse_controllers, parse_device
@@ -67,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             errors = {use.name: _errors(use, drives[use.name]) for use in controller.drives}
             device = NvmeDevice(config, backends, id=config.id or "nvme0", errors=errors)
             cleanup.callback(device.close)
+            if slow := choice.notice():
+                print(f"nvmove: warning: {slow}", file=sys.stderr)
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace
             device.start(args.socket)

@@ -343,18 +343,18 @@ SAVED_OR_DERIVED = {
     Controller: {
         "saved": {"registers", "sqs", "cqs", "events", "features", "logs", "namespaces", "config", "doorbells"},
         "seams": {"memory", "interrupts", "engine", "lock", "on_error"},
-        "nothing while paused and idle": {"activity", "resetting", "paused", "_runner"},
+        "nothing while paused and idle": {"activity", "resetting", "paused", "_runner", "leases"},
         "only compared": {"epoch"},
         "of this process": {"log_limit", "errors"},
     },
     SubmissionQueue: {
         "saved": {"sqid", "cq", "address", "size", "priority", "head", "tail", "aborted", "held"},
-        "nothing while paused and idle": {"in_flight", "on_idle"},
+        "nothing while paused and idle": {"in_flight", "on_idle", "borrower"},
         "only compared": {"epoch", "fetched"},
     },
     CompletionQueue: {
         "saved": {"cqid", "address", "size", "vector", "irq_enabled", "head", "tail", "phase"},
-        "nothing while paused and idle": {"reserved", "posting"},
+        "nothing while paused and idle": {"reserved", "posting", "borrower"},
         "from the submission queues": {"sqs"},
     },
     Registers: {"saved": {"cap", "vs", "intms", "cc", "csts", "aqa", "asq", "acq"}},

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from nvmove.block.backend import Backend, Operation, Request
 from nvmove.block.delay import Delays
+from nvmove.block.lend import LendsFile, LentFile, Loan
 
 SECTOR = 512
 
@@ -68,10 +69,28 @@ class FaultRules:
         self._faults: dict[int, ActiveFault] = {}
         self._next = 1
         self._removed: list[Callable[[int], None]] = []
+        self._bypasses: list[Callable[[], None]] = []
+
+    def bypass(self, revoke: Callable[[], None]) -> bool:
+        """Let requests go past the rules while there are none; return whether there are none.
+
+        `revoke` is called when there is one, until `stop_bypass`.
+        """
+        with self._lock:
+            if not self.any:
+                self._bypasses.append(revoke)
+            return not self.any
+
+    def stop_bypass(self, revoke: Callable[[], None]) -> None:
+        """Requests come here again."""
+        with self._lock:
+            self._bypasses.remove(revoke)
 
     def add(self, rule: FaultRule) -> int:
         """Use `rule` from now on, after all that are there; return its id."""
         with self._lock:
+            for revoke in self._bypasses:
+                revoke()
             fault = ActiveFault(self._next, rule)
             self._next += 1
             self._faults[fault.id] = fault
@@ -163,6 +182,21 @@ class FaultyBackend:
             request.done(errno)
         else:
             self.image.submit(request)
+
+    def lend(self, revoke: Callable[[], None]) -> LentFile | None:
+        """Lend the image as it is while there are no rules, as `LendsFile`."""
+        if not isinstance(self.image, LendsFile) or not self._rules.bypass(revoke):
+            return None
+        file = self.image.lend(revoke)
+        if file is None:
+            self._rules.stop_bypass(revoke)
+            return None
+
+        def release() -> None:
+            file.release()
+            self._rules.stop_bypass(revoke)
+
+        return Loan(file.fd, release, writable=file.writable, zeroes=file.zeroes)
 
     @property
     def size(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from nvmove.block.backend import Backend, Request
+from nvmove.block.lend import LendsFile, LentFile
 
 
 class LateBackend:
@@ -43,6 +45,10 @@ class LateBackend:
             request.done(errno.ENODEV)
         else:
             self._image.submit(request)
+
+    def lend(self, revoke: Callable[[], None]) -> LentFile | None:
+        """As `LendsFile`."""
+        return self._image.lend(revoke) if isinstance(self._image, LendsFile) else None
 
     def refresh_size(self) -> int:
         """Look at the size again and return it."""

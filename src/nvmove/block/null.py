@@ -7,6 +7,7 @@ An engine that moves data itself may ask `moves_data` and leave the back end out
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import msgspec
 
@@ -14,6 +15,7 @@ from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.delay import Delays
 from nvmove.block.gate import Gate
+from nvmove.block.lend import LentFile, Loan
 
 _SECTOR = 512
 _ZEROES = bytes(1 << 16)
@@ -73,6 +75,12 @@ class NullBackend:
                     part[:] = _ZEROES[: len(part)]
         self._gate.leave()
         request.done(error)
+
+    def lend(self, revoke: Callable[[], None]) -> LentFile | None:
+        """Lend nothing for a file, as `LendsFile`, unless requests take their time."""
+        if self._config.latency_ns or self._gate.stay(revoke):
+            return None
+        return Loan(-1, lambda: self._gate.depart(revoke), writable=not self.read_only, zeroes=self._config.read_zeroes)
 
     def refresh_size(self) -> int:
         """Return the size, which does not change."""

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Callable
 
 import msgspec
 
@@ -18,6 +19,7 @@ from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import OpenOptions
 from nvmove.block.direct import DirectTransfer
 from nvmove.block.gate import Gate
+from nvmove.block.lend import LentFile, Loan
 from nvmove.block.locks import ImageLock
 from nvmove.block.space import DeviceSpace, FileSpace
 from nvmove.block.transfer import FileTransfer
@@ -77,12 +79,24 @@ class RawBackend:
                 self._gate.leave()
         request.done(error)
 
+    def lend(self, revoke: Callable[[], None]) -> LentFile | None:
+        """Lend the file, as `LendsFile`, unless it is read and written in a special way."""
+        options = self._options
+        if options.direct or options.detect_zeroes != "off" or self._gate.stay(revoke):
+            return None
+        # Without a write cache each write goes through `submit`, which makes it durable.
+        writable = not options.read_only and (options.writeback or options.no_flush)
+        return Loan(self._fd, lambda: self._gate.depart(revoke), writable=writable)
+
     def refresh_size(self) -> int:
         """Look at the size again and return it; the old one stays when it cannot be read."""
+        before = self._size
         try:
             self._size = self._space.size()
         except OSError as error:
             _log.warning("size of '%s' cannot be read: %s", self._path, error.strerror)
+        if self._size != before:
+            self._gate.revoke()
         return self._size
 
     def recover(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from nvmove.nvme.seams import Lender
+
 
 class InlineEngine:
     """`nvme.seams.Engine` that runs when it is told to, queue by queue in the order of the kicks."""
@@ -15,7 +17,7 @@ class InlineEngine:
         self._kicked: dict[int, None] = {}
         self._run: Callable[[int], None] = lambda _sqid: None
 
-    def bind(self, run: Callable[[int], None]) -> None:
+    def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
         """`run(sqid)` is what runs a queue."""
         self._run = run
 

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 
+from nvmove.nvme.seams import Lender
+
 log = logging.getLogger(__name__)
 
 POLL = 50e-6
@@ -19,12 +21,12 @@ class PlainEngine:
         self.poll = poll
         self._name = name
         self._lock = threading.Lock()
-        self._workers: dict[int, _Worker] = {}
-        self._all: set[_Worker] = set()
+        self._workers: dict[int, Worker] = {}
+        self._all: set[Worker] = set()
         self._run: Callable[[int], None] | None = None
 
-    def bind(self, run: Callable[[int], None]) -> None:
-        """`run(sqid)` is what runs a queue; called once, before any `attach`."""
+    def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
+        """`run(sqid)` is what runs a queue; called once, before any `attach`. This engine borrows nothing."""
         self._run = run
 
     def attach(self, sqid: int) -> None:
@@ -34,7 +36,9 @@ class PlainEngine:
         with self._lock:
             # The worker of a queue of the same id may still be on its last command: the new one waits for its end.
             before = [worker for worker in self._all if worker.sqid == sqid]
-            worker = _Worker(sqid, self._run, before, self._ended, f"{self._name}-sq{sqid}")
+            worker = self._worker(sqid)
+            worker.before = before
+            worker.ended = self._ended
             self._workers[sqid] = worker
             self._all.add(worker)
         worker.thread.start()
@@ -44,7 +48,7 @@ class PlainEngine:
         with self._lock:
             worker = self._workers.get(sqid)
         if worker is not None:
-            worker.wake.set()
+            worker.kick()
 
     def detach(self, sqid: int) -> None:
         """End the worker of queue `sqid` as soon as it is done with what it does; never waits."""
@@ -63,46 +67,58 @@ class PlainEngine:
         for worker in workers:
             worker.thread.join()
 
-    def _ended(self, worker: _Worker) -> None:
+    def _worker(self, sqid: int) -> Worker:
+        """Return what shall run queue `sqid`, not started."""
+        assert self._run is not None
+        return Worker(sqid, self._run, f"{self._name}-sq{sqid}")
+
+    def _ended(self, worker: Worker) -> None:
         with self._lock:
             self._all.discard(worker)
 
 
-class _Worker:
+class Worker:
     """One queue's thread."""
 
-    def __init__(
-        self,
-        sqid: int,
-        run: Callable[[int], None],
-        before: list[_Worker],
-        ended: Callable[[_Worker], None],
-        name: str,
-    ) -> None:
+    def __init__(self, sqid: int, run: Callable[[int], None], name: str) -> None:
         self.sqid = sqid
-        self.wake = threading.Event()
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self.before: list[Worker] = []
+        """Workers whose end this one waits for."""
+        self.ended: Callable[[Worker], None] = lambda _worker: None
+        self.stopping = False
         self._run = run
-        self._before = before
-        self._ended = ended
-        self._stopping = False
+        self._wake = threading.Event()
+
+    def kick(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
 
     def stop(self) -> None:
-        self._stopping = True
-        self.wake.set()
+        """End as soon as what is under way is done."""
+        self.stopping = True
+        self.kick()
+
+    def wait(self) -> None:
+        """Wait for a kick."""
+        self._wake.wait()
+        # Cleared before the turn: a kick during the turn makes another one.
+        self._wake.clear()
+
+    def turn(self) -> None:
+        """Do what there is to do."""
+        self._run(self.sqid)
 
     def _main(self) -> None:
-        for worker in self._before:
+        for worker in self.before:
             worker.thread.join()
-        self._before = []
+        self.before = []
         while True:
-            self.wake.wait()
-            # Cleared before the run: a kick during the run makes another one.
-            self.wake.clear()
-            if self._stopping:
+            self.wait()
+            if self.stopping:
                 break
             try:
-                self._run(self.sqid)
+                self.turn()
             except Exception:
                 log.exception("queue %d", self.sqid)
-        self._ended(self)
+        self.ended(self)

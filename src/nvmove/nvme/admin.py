@@ -129,7 +129,8 @@ def _abort(controller: Controller, command: Command) -> None:
     if sqid == 0 and controller.abort_event_request(cid):
         command.complete()
         return
-    found = controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid)
+    with controller.leases.suspended():  # what is lent cannot be looked through
+        found = controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid)
     command.complete(result=0 if found else ABORT_NOT_FOUND)
 
 

@@ -32,6 +32,7 @@ from nvmove.nvme.doorbells import Doorbells, Place
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.events import EventQueue
 from nvmove.nvme.features import Features
+from nvmove.nvme.leases import Leases
 from nvmove.nvme.logs import Logs
 from nvmove.nvme.namespace import NamespaceTable
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
@@ -105,8 +106,9 @@ class Controller:
         self.logs = Logs(config, clock)
         self.log_limit = RateLimit(clock)
         self.doorbells = Doorbells(self)
+        self.leases = Leases(self)
         self._runner = Runner(self)
-        engine.bind(self.run)
+        engine.bind(self.run, self.leases)
 
     # --- what others ask ---------------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Controller:
         elif not was_enabled and registers.enabled:
             self._enable()
         if registers.shutdown_notification and not had_shutdown:
-            self._start_shutdown()
+            after += self._start_shutdown()
         elif had_shutdown and not registers.shutdown_notification:
             registers.set_shutdown_status(0)
             self._kick_all()
@@ -205,12 +207,13 @@ class Controller:
         self.doorbells.reset()
         self.events.reset()
         self.drive_pin()
+        self.leases.silence()
 
         def settled() -> Callback | None:
             self.resetting -= 1
             return done()
 
-        return self.activity.when_idle(settled)
+        return [*self.activity.when_idle(settled), *self.leases.revoke()]
 
     def _disabled(self) -> None:
         self.registers.disable()
@@ -219,21 +222,19 @@ class Controller:
         if self.registers.enabled:
             self._enable()
 
-    def _start_shutdown(self) -> None:
+    def _start_shutdown(self) -> list[Callback]:
         """CC.SHN: the admin queue's worker does the rest, as soon as nothing is in flight."""
         if not self.registers.ready or self.resetting:
             self.registers.set_shutdown_status(CSTS_SHST_COMPLETE)
-            return
+            return []
         for sq in self.sqs.values():
             sq.held.clear()
         self.registers.set_shutdown_status(CSTS_SHST_OCCURRING)
-        self._finish_shutdown()
 
-    def _finish_shutdown(self) -> None:
         def idle() -> None:
             self.engine.kick(0)
 
-        call(self.activity.when_idle(idle))
+        return [*self.activity.when_idle(idle), *self.leases.revoke()]
 
     def fatal(self, why: str) -> None:
         """Controller Fatal Status (Base 9.5): the host has to reset the controller."""
@@ -241,6 +242,8 @@ class Controller:
             if not self.registers.failed and self.log_limit.allows():
                 log.warning("%s: controller fatal status: %s", self.config.serial, why)
             self.registers.csts |= CSTS_CFS
+            after = self.leases.revoke()
+        call(after)
 
     def _doorbell(self, offset: int, size: int, value: int) -> None:
         registers = self.registers
@@ -256,11 +259,12 @@ class Controller:
             self._woken(queue, value)
         elif isinstance(queue, SubmissionQueue):
             if queue.set_tail(value):
-                self.engine.kick(qid)
+                if queue.borrower is None:
+                    self.engine.kick(qid)
             else:
                 self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
         else:
-            was_full = not queue.free
+            was_full = queue.borrower is None and not queue.free
             if not queue.set_head(value):
                 self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
                 return
@@ -310,6 +314,7 @@ class Controller:
         `done` is called when nothing of it is in flight, on a thread that may post completions, without the lock.
         Returns what the caller must call when it has released the lock.
         """
+        after = self.leases.revoke(sq)
         self.engine.detach(sq.sqid)
         del self.sqs[sq.sqid]
         sq.cq.sqs.discard(sq.sqid)
@@ -321,13 +326,17 @@ class Controller:
         if not sq.in_flight:
             return [done]
         sq.on_idle = done
-        return [functools.partial(orphan.complete, Status.ABORTED_SQ_DELETION, dnr=False) for orphan in orphans]
+        return after + [functools.partial(orphan.complete, Status.ABORTED_SQ_DELETION, dnr=False) for orphan in orphans]
 
     # --- commands and events -----------------------------------------------------------------------------------------
 
     def run(self, sqid: int) -> None:
         """Run submission queue `sqid` until it is empty, its completion queue is full, or the controller stops."""
         self._runner.run(sqid)
+
+    def step(self, sqid: int, count: int) -> None:
+        """Run at most `count` commands of submission queue `sqid`."""
+        self._runner.step(sqid, count)
 
     def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
         """Post `command`'s completion; `Command.complete` says the rest."""
@@ -414,6 +423,9 @@ class Controller:
         """
         with self.lock:
             self.paused = True
+            after = self.leases.revoke()
+        call(after)
+        with self.lock:
             return self.activity.wait(timeout)
 
     def resume(self) -> None:

@@ -117,6 +117,10 @@ class Doorbells:
 
     def configure(self, command: Command, dbs: int, eis: int) -> None:
         """Put the doorbells' values into both buffers, and look there from now on; raise CommandError."""
+        with self._controller.leases.suspended():
+            self._configure(command, dbs, eis)
+
+    def _configure(self, command: Command, dbs: int, eis: int) -> None:
         controller = self._controller
         with self._lock:
             values = {cell_of(ring): _position(ring) for ring in self._rings()}

@@ -386,7 +386,7 @@ def _set_structure(controller: Controller, command: Command, feature: int) -> No
 def _set_write_cache(controller: Controller, command: Command) -> None:
     """Base 5.27.1.4: with the cache off every write is durable when it completes; so is, now, all that came before."""
     value = command.cdw11 & 1
-    with controller.lock:
+    with controller.leases.suspended(), controller.lock:
         was_on = controller.features.volatile_write_cache
         controller.features.volatile_write_cache = value
     if value or not was_on:

@@ -208,6 +208,7 @@ def _smart(controller: Controller, command: Command) -> bytes:
     if command.nsid not in {0, ALL_NAMESPACES}:
         check_nsid(command.nsid)
         raise CommandError(Status.INVALID_FIELD)  # Identify's LPA says that there is none for each namespace
+    controller.leases.refresh()
     return controller.logs.smart.page(controller.features, controller.logs.errors.count)
 
 

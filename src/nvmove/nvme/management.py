@@ -36,7 +36,7 @@ def namespace_attachment(controller: Controller, command: Command) -> None:
     count, *cntlids = CONTROLLER_LIST.unpack(command.read_data(CONTROLLER_LIST.size))
     if not 1 <= count <= len(cntlids) or any(cntlid != controller.config.cntlid for cntlid in cntlids[:count]):
         raise CommandError(Status.CONTROLLER_LIST_INVALID)
-    with controller.lock:
+    with controller.leases.suspended(), controller.lock:
         if select == ATTACH and namespace.attached:
             raise CommandError(Status.NAMESPACE_ALREADY_ATTACHED)
         if select == DETACH and not namespace.attached:
@@ -62,7 +62,7 @@ def format_nvm(controller: Controller, command: Command) -> None:
             raise CommandError(Status.INVALID_FORMAT)
         if namespace.read_only:
             raise CommandError(Status.WRITE_PROTECTED)
-    with controller.lock:
+    with controller.leases.suspended(), controller.lock:
         if any(namespace.formatting for namespace in chosen):
             raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
         for namespace in chosen:

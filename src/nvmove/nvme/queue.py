@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nvmove.nvme.seams import Borrower
 from nvmove.nvme.spec import CQE_SIZE, SQE_SIZE
 
 
@@ -36,6 +37,8 @@ class CompletionQueue:
     sqs: set[int] = field(default_factory=set)
     """Ids of the submission queues that complete here."""
     posting: threading.Lock = field(default_factory=threading.Lock)
+    borrower: Borrower | None = None
+    """Whom the queue pair is lent to (nvme/leases.py): the positions are there, and here they are old."""
 
     @property
     def used(self) -> int:
@@ -77,6 +80,8 @@ class CompletionQueue:
 
     def set_head(self, head: int) -> bool:
         """The host's doorbell: entries before `head` are consumed. False if that cannot be."""
+        if self.borrower is not None:
+            return self.borrower.set_head(head)
         if head >= self.size or (head - self.head) % self.size > self.used:
             return False
         self.head = head
@@ -125,6 +130,8 @@ class SubmissionQueue:
     """Commands that failed at the back end and wait to be tried again, in the order they were submitted."""
     on_idle: Callable[[], None] | None = None
     """Set while a Delete I/O Submission Queue waits for what is in flight."""
+    borrower: Borrower | None = None
+    """As the completion queue's."""
 
     @property
     def waiting(self) -> int:
@@ -143,6 +150,8 @@ class SubmissionQueue:
 
     def set_tail(self, tail: int) -> bool:
         """The host's doorbell. False if it submits more entries than the ring has free."""
+        if self.borrower is not None:
+            return self.borrower.set_tail(tail)
         if tail >= self.size or (tail - self.tail) % self.size > self.size - 1 - self.waiting:
             return False
         self.tail = tail

@@ -66,17 +66,25 @@ class Runner:
                 doorbells.arm(sqid)
                 armed = True
 
-    def _work(self, sqid: int) -> bool:
-        """Run what is known to be there; return whether there was any of it."""
+    def step(self, sqid: int, count: int) -> None:
+        """Run at most `count` commands of submission queue `sqid`, and what is held."""
+        self._controller.doorbells.look(sqid)
+        self._work(sqid, count)
+
+    def _work(self, sqid: int, limit: int | None = None) -> bool:
+        """Run what is known to be there, with `limit` no more than so many; return whether there was any of it."""
         worked = False
+        left = BATCH if limit is None else limit
         if sqid == 0:
             self._shut_down()
             self._deliver_events()
         while commands := self._take_held(sqid):
             self._run(commands)
             worked = True
-        while (work := self._start(sqid)) is not None:
+        while left and (work := self._start(sqid, min(left, BATCH))) is not None:
             sq, address, count = work
+            if limit is not None:
+                left -= count
             try:
                 entries = self._controller.memory.read(address, count * SQE_SIZE)
             except DmaError:
@@ -106,7 +114,7 @@ class Runner:
             self._activity.enter(sq, count)
             return [(Command(self._controller, sq, held.sqe, held.order), held.aborted) for held in sq.take(count)]
 
-    def _start(self, sqid: int) -> tuple[SubmissionQueue, int, int] | None:
+    def _start(self, sqid: int, limit: int) -> tuple[SubmissionQueue, int, int] | None:
         """Take permits for the next entries of the queue; they count as in flight from now on."""
         with self._lock:
             sq = self._controller.sqs.get(sqid)
@@ -114,7 +122,7 @@ class Runner:
                 return None
             if sq.ready:  # they come first, and wait for room in the completion queue
                 return None
-            count = sq.cq.reserve(min(sq.contiguous, BATCH))
+            count = sq.cq.reserve(min(sq.contiguous, limit))
             if count == 0:
                 return None
             self._activity.enter(sq, count)

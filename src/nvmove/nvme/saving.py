@@ -360,12 +360,13 @@ def _access(read_only: bool) -> str:
 
 def inspect(controller: Controller) -> dict[str, Any]:
     """Return the state and what is under way as a tree of plain values. With the lock held; also while it runs."""
+    controller.leases.refresh()
     tree = asdict(save(controller))
     tree["live"] = {
         "runs": controller.runs,
         "paused": controller.paused,
         "resetting": bool(controller.resetting),
         "doorbell_writes": controller.doorbells.writes,
-        "in_flight": {sqid: sq.in_flight for sqid, sq in sorted(controller.sqs.items())},
+        "in_flight": {sqid: controller.leases.in_flight(sq) for sqid, sq in sorted(controller.sqs.items())},
     }
     return tree

@@ -10,7 +10,7 @@ Rules that every implementation and every caller keeps:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class DmaError(Exception):
@@ -63,6 +63,153 @@ class Interrupts(Protocol):
         """Drive the INTx pin."""
 
 
+# --- queue pairs lent to an engine (nvme/leases.py) ------------------------------------------------------------------
+
+
+class LentRegion(NamedTuple):
+    """A run of guest memory that is mapped here, from the guest-physical address `start` on."""
+
+    start: int
+    view: memoryview
+    readable: bool
+    writable: bool
+
+
+class LentMemory(Protocol):
+    """All mapped guest memory, in ascending order; it stays mapped until `release`."""
+
+    regions: Sequence[LentRegion]
+
+    def release(self) -> None:
+        """Give it back, once."""
+
+
+@runtime_checkable
+class LendsMemory(Protocol):
+    """Memory that can be lent."""
+
+    def lend(self, revoke: Callable[[], None]) -> LentMemory | None:
+        """Lend all that is mapped; None when what is written must be known.
+
+        `revoke` is called, from any thread and with locks held, when some of it is wanted back.
+        """
+
+
+class LentInterrupt(Protocol):
+    """The way of one vector's messages: writes to the eventfd `fd`, which is the borrower's until `release`."""
+
+    fd: int
+
+    def release(self) -> None:
+        """Give it back, once."""
+
+
+@runtime_checkable
+class LendsInterrupts(Protocol):
+    """Interrupts whose vectors can be lent."""
+
+    def lend(self, vector: int, revoke: Callable[[], None]) -> LentInterrupt | None:
+        """Lend vector `vector`; None when its messages have no way now.
+
+        `revoke` is called, from any thread and with locks held, before that way changes: no message may be sent after.
+        """
+
+
+class LentDisk(NamedTuple):
+    """A namespace whose back end is a file, or nothing at all (`fd` -1)."""
+
+    fd: int
+    blocks: int
+    block_shift: int
+    writable: bool
+    zeroes: bool = False
+    """Without a file: reads give zeroes, and do not leave memory as it is."""
+
+
+class LeaseTerms(NamedTuple):
+    """A queue pair as it is lent."""
+
+    sqid: int
+    sq_address: int
+    sq_size: int
+    sq_head: int
+    sq_tail: int
+    cq_address: int
+    cq_size: int
+    cq_head: int
+    cq_tail: int
+    cq_phase: int
+    interrupt: int | None
+    """Eventfd of the completion queue's vector; None: it has no interrupts."""
+    page_size: int
+    max_transfer: int
+    """Bytes."""
+    durable: bool
+    """Writes must be on stable storage when they complete."""
+    memory: Sequence[LentRegion]
+    disks: dict[int, LentDisk]
+    """By namespace id."""
+
+
+class Borrower(Protocol):
+    """What runs a queue pair that is lent to it: it owns the positions of both rings until the pair is given back."""
+
+    # With the controller's lock held; none of it waits.
+
+    def prepare(self) -> None:
+        """A lease is about to begin: what is revoked from now on counts."""
+
+    def lend(self, terms: LeaseTerms) -> None:
+        """Take the queue pair over."""
+
+    def take(self) -> bool:
+        """Take the queue pair back at once, if nothing of it is under way; return whether that is so."""
+
+    def end(self) -> None:
+        """The queue pair was given back."""
+
+    def set_tail(self, tail: int) -> bool:
+        """As `SubmissionQueue.set_tail`."""
+
+    def set_head(self, head: int) -> bool:
+        """As `CompletionQueue.set_head`."""
+
+    def positions(self) -> tuple[int, int, int, int, int, int]:
+        """Return head and tail of the submission queue; head, tail and phase of the completion queue; the fetched."""
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return reads, bytes read, writes and bytes written since `lend`."""
+
+    @property
+    def executing(self) -> int:
+        """Commands under way now."""
+
+    @property
+    def owed(self) -> bool:
+        """Whether an interrupt could not be sent because it was revoked."""
+
+    # From any thread, with any lock held.
+
+    def revoke(self) -> None:
+        """Ask for the queue pair; never waits."""
+
+    def mute(self) -> None:
+        """No interrupt is sent after this."""
+
+
+class Lender(Protocol):
+    """Lends queue pairs to an engine; all of it is for the queue's worker."""
+
+    def lend(self, sqid: int, borrower: Borrower) -> bool:
+        """Lend submission queue `sqid` and its completion queue, if all is plain about them; return whether it is."""
+
+    def give_back(self, borrower: Borrower) -> None:
+        """End a lease; nothing of the queue pair is under way."""
+
+    def step(self, sqid: int, count: int) -> None:
+        """Run at most `count` commands of a queue that is not lent."""
+
+
 class Engine(Protocol):
     """Runs submission queues: calls `Controller.run(sqid)` for a kicked queue, outside the control thread.
 
@@ -73,8 +220,11 @@ class Engine(Protocol):
     def poll(self) -> float:
         """Seconds that `run` goes on looking at a doorbell in memory when it has found no more work."""
 
-    def bind(self, run: Callable[[int], None]) -> None:
-        """`run(sqid)` is what runs a queue; the controller calls this once, before any `attach`."""
+    def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
+        """`run(sqid)` is what runs a queue; the controller calls this once, before any `attach`.
+
+        An engine that runs queue pairs itself borrows them from `lender`.
+        """
 
     def attach(self, sqid: int) -> None:
         """Submission queue `sqid` exists from now on."""

@@ -8,12 +8,27 @@ takes all eventfds away and gives them back whenever the guest changes anything 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import select
 import threading
 from collections.abc import Callable, Iterable
 
 from nvmove.vfio.device import ERROR, INTX, MSIX, IrqAction, IrqWhat
+
+
+class LentVector:
+    """A vector's eventfd lent to somebody who writes to it himself; `nvmove.nvme.seams.LentInterrupt`."""
+
+    def __init__(self, fd: int, revoke: Callable[[], None], release: Callable[[LentVector], None]) -> None:
+        self.fd = fd
+        self.revoke = revoke
+        self._release = release
+
+    def release(self) -> None:
+        """Give it back."""
+        self._release(self)
+        os.close(self.fd)
 
 
 class InterruptLines:
@@ -30,6 +45,7 @@ class InterruptLines:
         self._masked = False
         self._quiet = False
         self._unmasker: _Unmasker | None = None
+        self._lent: list[tuple[int, LentVector]] = []
 
     # nvme.seams.Interrupts: never waits.
 
@@ -42,6 +58,20 @@ class InterruptLines:
         """Send MSI-X message `vector`, now or when it has an eventfd."""
         with self._lock:
             self._fire(vector)
+
+    def lend(self, vector: int, revoke: Callable[[], None]) -> LentVector | None:
+        """Lend vector `vector`, as `nvmove.nvme.seams.LendsInterrupts`."""
+        with self._lock:
+            fd = self._msix[vector]
+            if fd is None:
+                return None
+            lent = LentVector(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0), revoke, self._take_back)
+            self._lent.append((vector, lent))
+            return lent
+
+    def _take_back(self, lent: LentVector) -> None:
+        with self._lock:
+            self._lent = [entry for entry in self._lent if entry[1] is not lent]
 
     def set_level(self, asserted: bool) -> None:
         """Drive the INTx pin."""
@@ -82,6 +112,7 @@ class InterruptLines:
     def disconnect(self) -> None:
         """The client is gone: close its eventfds. What is pending stays pending for the next one."""
         with self._lock:
+            self._revoke(range(len(self._msix)))
             _close(fd for fd in self._msix if fd is not None)
             self._msix = [None] * len(self._msix)
             self._connected = 0
@@ -143,6 +174,7 @@ class InterruptLines:
         if action.disable:
             start, count = 0, len(self._msix)
         if action.eventfds:
+            self._revoke(range(start, start + count))
             for vector in range(start, start + count):
                 self._connect(vector, action.fds[vector - start] if action.fds else None)
             return
@@ -181,6 +213,11 @@ class InterruptLines:
         with self._lock:
             self._masked = False
             self._drive()
+
+    def _revoke(self, vectors: range) -> None:
+        for vector, lent in self._lent:
+            if vector in vectors:
+                lent.revoke()
 
     def _connect(self, vector: int, fd: int | None) -> None:
         old = self._msix[vector]

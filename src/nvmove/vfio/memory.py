@@ -24,7 +24,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
-from nvmove.nvme.seams import DmaError, Segment
+from nvmove.nvme.seams import DmaError, LentRegion, Segment
 from nvmove.vfio.device import Client
 from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, span, split
 
@@ -81,6 +81,26 @@ class MemoryTransfer:
         self._memory._finish(self, commit)
 
 
+class MemoryLoan:
+    """All mapped memory, lent to somebody who reads and writes it himself; `nvmove.nvme.seams.LentMemory`."""
+
+    def __init__(
+        self, regions: list[_Region], revoke: Callable[[], None], release: Callable[[MemoryLoan], None]
+    ) -> None:
+        self.regions = [
+            LentRegion(region.start, region.view, region.readable, region.writable)
+            for region in regions
+            if region.view is not None
+        ]
+        self.held = regions
+        self.revoke = revoke
+        self._release = release
+
+    def release(self) -> None:
+        """Give it back."""
+        self._release(self)
+
+
 class GuestMemory:
     """Guest-physical memory of one client after the other. `client` serves regions without a descriptor."""
 
@@ -90,6 +110,7 @@ class GuestMemory:
         self._lock = threading.Lock()
         self._starts: list[int] = []
         self._regions: list[_Region] = []
+        self._loans: list[MemoryLoan] = []
         self._last: _Region | None = None  # the region found last: nearly always the next one too
 
     # The client's side: called on the control thread.
@@ -124,6 +145,8 @@ class GuestMemory:
                     self._insert(region.part(region.start, address))
                 if region.end > end:
                     self._insert(region.part(end, region.end))
+            if busy:
+                self._revoke_loans()
         if not busy:
             done(0 if regions else errno.ENOENT)
 
@@ -209,6 +232,30 @@ class GuestMemory:
             self._release(transfer._regions)
             raise
         return transfer
+
+    def lend(self, revoke: Callable[[], None]) -> MemoryLoan | None:
+        """Lend all that is mapped, as `nvmove.nvme.seams.LendsMemory`; what is written is seen by nobody.
+
+        So nothing is lent while somebody wants to know. Who begins to, ends the loans first (`Leases.suspended`).
+        """
+        with self._lock:
+            if self.dirty.active:
+                return None
+            held = [region for region in self._regions if region.view is not None]
+            for region in held:
+                region.uses += 1
+            loan = MemoryLoan(held, revoke, self._take_back)
+            self._loans.append(loan)
+            return loan
+
+    def _take_back(self, loan: MemoryLoan) -> None:
+        with self._lock:
+            self._loans.remove(loan)
+        self._release(loan.held)
+
+    def _revoke_loans(self) -> None:
+        for loan in self._loans:
+            loan.revoke()
 
     def _find(self, address: int) -> _Region:
         region = self._last

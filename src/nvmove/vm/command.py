@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from nvmove.block.backend import BackendError
 from nvmove.block.fault import FaultRules
+from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.options.faults import add_argument, parse_fault
 from nvmove.vfio.transport import ListenError
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             print(f"nvmove: warning: {warning}", file=sys.stderr)
         if not plan.passthrough:
+            if slow := choice.notice():
+                print(f"nvmove: warning: {slow}", file=sys.stderr)
             faults = FaultRules()
             for text in args.fault:
                 faults.add(parse_fault(text, plan.drive_names))

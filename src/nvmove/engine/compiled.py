@@ -1,0 +1,85 @@
+"""The compiled engine: I/O queues run in C, without the GIL, whenever their controller lends them (nvme/leases.py).
+
+Raises ImportError where the compiled loop was not built; `nvmove.engine.choice` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nvmove.engine import loop
+from nvmove.engine.plain import PlainEngine, Worker
+from nvmove.nvme.seams import Lender
+
+SPIN_US = 50
+"""The longest busy wait for the next command, after short waits only: longer ones sleep at once."""
+MANY = 16
+"""Commands that Python runs before the loop is tried again, where the loop got nowhere."""
+
+
+class CompiledEngine(PlainEngine):
+    """`nvme.seams.Engine` that runs what is common in C and the rest as the plain one."""
+
+    def __init__(self, name: str = "nvme", spin_us: int = SPIN_US) -> None:
+        super().__init__(name)
+        self._spin_us = spin_us
+        self._lender: Lender | None = None
+
+    def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
+        """`run(sqid)` is what runs a queue that `lender` does not lend; called once, before any `attach`."""
+        super().bind(run)
+        self._lender = lender
+
+    def _worker(self, sqid: int) -> Worker:
+        if sqid == 0 or self._lender is None or self._run is None:  # admin commands are never the loop's
+            return super()._worker(sqid)
+        return RingWorker(sqid, self._run, self._lender, f"{self._name}-sq{sqid}", self._spin_us)
+
+
+class RingWorker(Worker):
+    """One queue's thread: in C as long as possible."""
+
+    def __init__(
+        self, sqid: int, run: Callable[[int], None], lender: Lender, name: str = "", spin_us: int = SPIN_US
+    ) -> None:
+        super().__init__(sqid, run, name)
+        self._lender = lender
+        self._ring = loop.Ring(spin_us)
+
+    def kick(self) -> None:
+        """There may be something to do."""
+        self._ring.kick()
+
+    def stop(self) -> None:
+        """End as soon as what is under way is done; a queue pair that is lent was revoked before."""
+        self.stopping = True
+        self._ring.revoke()
+        self._ring.kick()
+
+    def wait(self) -> None:
+        """Wait for a kick."""
+        self._ring.wait()
+
+    def turn(self) -> None:
+        """Run the queue pair while it is lent; then whatever made it come back, in Python."""
+        while not self.stopping:
+            if not self._lender.lend(self.sqid, self._ring):
+                self._run(self.sqid)
+                return
+            run_lent(self._ring, self._lender, self.sqid)
+
+
+def run_lent(ring: loop.Ring, lender: Lender, sqid: int, *, may_wait: bool = True) -> bool:
+    """Run a queue pair that was lent until it is given back; return whether it is lent still: there was nothing to do.
+
+    That is so only without `may_wait`: with it, the loop waits then.
+    """
+    reason = ring.run(may_wait)
+    if reason == loop.IDLE:
+        return True
+    if reason != loop.GONE:  # who took it has ended the lease
+        reads, _, writes, _ = ring.counts()
+        lender.give_back(ring)
+        if reason == loop.ODD:
+            lender.step(sqid, 1 if reads or writes else MANY)
+    return False

@@ -1,0 +1,232 @@
+# cython: language_level=3, embedsignature=False
+"""The compiled loop as an object: a `Ring` is lent a queue pair, runs it without the GIL, and gives it back.
+
+Loop and rules are in ring.c; `nvmove.nvme.seams.LentQueue` is the contract.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.mem cimport PyMem_Calloc, PyMem_Free
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "ring.h" nogil:
+    cdef struct ring_region:
+        uint64_t start
+        uint64_t end
+        uint8_t *base
+        uint32_t readable
+        uint32_t writable
+
+    cdef struct ring_disk:
+        uint64_t blocks
+        int32_t fd
+        uint8_t present
+        uint8_t shift
+        uint8_t writable
+        uint8_t zeroes
+
+    cdef struct ring_counts:
+        uint64_t reads
+        uint64_t bytes_read
+        uint64_t writes
+        uint64_t bytes_written
+
+    cdef enum ring_state:
+        RING_AWAY
+        RING_RUNNING
+        RING_ASLEEP
+        RING_TAKEN
+
+    cdef enum ring_reason:
+        RING_IDLE
+        RING_REVOKED
+        RING_GONE
+        RING_ODD
+
+    cdef struct c_ring "ring":
+        uint64_t sq_address
+        uint64_t cq_address
+        uint64_t max_transfer
+        uint32_t sq_size
+        uint32_t cq_size
+        uint32_t page_shift
+        uint16_t sqid
+        uint8_t durable
+        uint8_t interrupt
+        ring_region *regions
+        uint32_t region_count
+        ring_disk *disks
+        uint32_t disk_count
+        int64_t spin_ns
+        uint32_t tail
+        uint32_t head
+        uint32_t sq_head
+        uint32_t cq_tail
+        uint32_t phase
+        uint32_t fetched
+        uint32_t executing
+        ring_counts counts
+        uint32_t last_region
+        uint32_t unsignalled
+        uint32_t state
+        uint32_t stop
+        uint32_t rung
+        int32_t interrupt_fd
+        uint32_t owed
+
+    int ring_init(c_ring *ring)
+    void ring_destroy(c_ring *ring)
+    int ring_set_tail(c_ring *ring, uint32_t tail)
+    int ring_set_head(c_ring *ring, uint32_t head)
+    void ring_revoke(c_ring *ring)
+    int ring_take(c_ring *ring)
+    void ring_kick(c_ring *ring)
+    void ring_mute(c_ring *ring)
+    ring_reason ring_run(c_ring *ring, int may_wait)
+    void ring_wait(c_ring *ring)
+
+IDLE = RING_IDLE
+REVOKED = RING_REVOKED
+GONE = RING_GONE
+ODD = RING_ODD
+
+
+cdef class Ring:
+    """A place for one queue pair, and the loop's thread that runs it."""
+
+    cdef c_ring ring
+    cdef object terms  # keeps guest memory where it is
+
+    def __cinit__(self, spin_us=0):
+        cdef int error = ring_init(&self.ring)
+        if error:
+            raise OSError(error, "no eventfd")
+        self.ring.spin_ns = <int64_t>spin_us * 1000
+
+    def __dealloc__(self):
+        ring_destroy(&self.ring)
+        PyMem_Free(self.ring.regions)
+        PyMem_Free(self.ring.disks)
+
+    # --- with the controller's lock --------------------------------------------------------------------------------
+
+    def prepare(self):
+        """A lease begins: revoking it counts from now on."""
+        self.ring.stop = 0
+
+    def lend(self, terms):
+        """Take the queue pair over as `terms` say."""
+        self._take_memory(terms.memory)
+        self._take_disks(terms.disks)
+        self.terms = terms
+        ring = &self.ring
+        ring.sqid = terms.sqid
+        ring.sq_address, ring.sq_size = terms.sq_address, terms.sq_size
+        ring.cq_address, ring.cq_size = terms.cq_address, terms.cq_size
+        ring.page_shift = terms.page_size.bit_length() - 1
+        ring.max_transfer = terms.max_transfer
+        ring.durable = terms.durable
+        ring.sq_head, ring.tail = terms.sq_head, terms.sq_tail
+        ring.head, ring.cq_tail, ring.phase = terms.cq_head, terms.cq_tail, terms.cq_phase
+        ring.fetched = 0
+        ring.counts.reads = ring.counts.bytes_read = ring.counts.writes = ring.counts.bytes_written = 0
+        ring.last_region = ring.unsignalled = ring.owed = 0
+        ring.interrupt = terms.interrupt is not None
+        ring.interrupt_fd = -1 if terms.interrupt is None else terms.interrupt
+        ring.state = RING_RUNNING
+
+    cdef _take_memory(self, memory):
+        cdef Py_buffer buffer
+        cdef ring_region *regions = <ring_region *>PyMem_Calloc(max(len(memory), 1), sizeof(ring_region))
+        if regions == NULL:
+            raise MemoryError
+        PyMem_Free(self.ring.regions)
+        self.ring.regions, self.ring.region_count = regions, 0
+        for region in memory:
+            PyObject_GetBuffer(region.view, &buffer, PyBUF_SIMPLE)
+            regions.start, regions.end = region.start, region.start + buffer.len
+            regions.base = <uint8_t *>buffer.buf
+            regions.readable, regions.writable = region.readable, region.writable
+            PyBuffer_Release(&buffer)  # the view, which the terms keep, holds the memory
+            regions += 1
+            self.ring.region_count += 1
+
+    cdef _take_disks(self, disks):
+        cdef uint32_t count = max(disks, default=0) + 1
+        cdef ring_disk *table = <ring_disk *>PyMem_Calloc(count, sizeof(ring_disk))
+        if table == NULL:
+            raise MemoryError
+        PyMem_Free(self.ring.disks)
+        self.ring.disks, self.ring.disk_count = table, count
+        for nsid, disk in disks.items():
+            entry = &table[<uint32_t>nsid]
+            entry.present = 1
+            entry.blocks, entry.shift = disk.blocks, disk.block_shift
+            entry.writable, entry.fd, entry.zeroes = disk.writable, disk.fd, disk.zeroes
+
+    def take(self):
+        """Take the queue pair back at once if the loop sleeps; return whether it did."""
+        return bool(ring_take(&self.ring))
+
+    def end(self):
+        """The queue pair was given back."""
+        if self.ring.state != RING_TAKEN:
+            self.ring.state = RING_AWAY
+        ring_mute(&self.ring)
+        self.terms = None
+
+    def set_tail(self, uint32_t tail):
+        """As `SubmissionQueue.set_tail`."""
+        return bool(ring_set_tail(&self.ring, tail))
+
+    def set_head(self, uint32_t head):
+        """As `CompletionQueue.set_head`."""
+        return bool(ring_set_head(&self.ring, head))
+
+    def positions(self):
+        """Return the submission queue's head and tail, the completion queue's head, tail and phase, and the fetched."""
+        ring = &self.ring
+        return ring.sq_head, ring.tail, ring.head, ring.cq_tail, ring.phase, ring.fetched
+
+    def counts(self):
+        """Return reads, bytes read, writes and bytes written since `lend`."""
+        counts = &self.ring.counts
+        return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written
+
+    @property
+    def executing(self):
+        """Commands being executed: 0 or 1."""
+        return self.ring.executing
+
+    @property
+    def owed(self):
+        """Whether an interrupt was to be sent and could not be."""
+        return bool(self.ring.owed)
+
+    # --- any thread ------------------------------------------------------------------------------------------------
+
+    def revoke(self):
+        """Ask the loop to come back."""
+        ring_revoke(&self.ring)
+
+    def mute(self):
+        """No interrupt is sent any more, from this call's return on."""
+        with nogil:
+            ring_mute(&self.ring)
+
+    def kick(self):
+        """End a `wait`, this one or the next."""
+        ring_kick(&self.ring)
+
+    # --- the ring's thread -----------------------------------------------------------------------------------------
+
+    def run(self, bint may_wait=True):
+        """Run the queue pair; return why it came back."""
+        cdef ring_reason reason
+        with nogil:
+            reason = ring_run(&self.ring, may_wait)
+        return reason
+
+    def wait(self):
+        """Wait for a kick."""
+        with nogil:
+            ring_wait(&self.ring)

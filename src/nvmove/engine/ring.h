@@ -1,0 +1,107 @@
+/* One I/O queue pair as the compiled loop runs it.
+ *
+ * Python lends a queue pair to a ring (Controller.leases); from then on the ring owns its positions. The loop runs
+ * what is common: reads and writes, by PRPs, of raw files or of no file at all. Before anything else it stops, with
+ * nothing of it done, and Python runs that command. Nothing here takes the GIL or waits for anybody who holds it.
+ *
+ * Who touches what: the fields under "terms" change only while the ring is not lent. Those under "loop" are written by
+ * the loop alone; others may read those that are atomic. Doorbells, `stop` and `state` are atomic.
+ */
+#ifndef NVMOVE_RING_H
+#define NVMOVE_RING_H
+
+#include <pthread.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#define RING_BATCH 16    /* entries fetched at a time */
+#define RING_IOVECS 1024 /* of one command; Linux takes no more (IOV_MAX) */
+
+/* A run of guest memory [start, end), here at `base`. */
+struct ring_region {
+    uint64_t start, end;
+    uint8_t *base;
+    uint32_t readable, writable;
+};
+
+/* A namespace, at the index of its id. */
+struct ring_disk {
+    uint64_t blocks;
+    int32_t fd;      /* < 0: none */
+    uint8_t present; /* this namespace is here and active */
+    uint8_t shift;   /* log2 of a block's bytes */
+    uint8_t writable;
+    uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
+};
+
+enum ring_state {
+    RING_AWAY,    /* not lent, or about to be given back */
+    RING_RUNNING, /* the loop runs commands, or looks for some */
+    RING_ASLEEP,  /* lent, the loop waits: it touches nothing but `state` */
+    RING_TAKEN,   /* was taken back while asleep */
+};
+
+/* Why the loop came back. */
+enum ring_reason {
+    RING_IDLE,    /* nothing to do, and the caller did not want to wait */
+    RING_REVOKED, /* it was asked to: to be given back */
+    RING_GONE,    /* it was taken back while asleep */
+    RING_ODD,     /* the command at the head is for Python */
+};
+
+/* How much was done since the ring was lent. */
+struct ring_counts {
+    uint64_t reads, bytes_read, writes, bytes_written;
+};
+
+struct ring {
+    /* terms */
+    uint64_t sq_address, cq_address, max_transfer;
+    uint32_t sq_size, cq_size, page_shift;
+    uint16_t sqid;
+    uint8_t durable;   /* writes must be on stable storage: not for the loop */
+    uint8_t interrupt; /* whether the completion queue has one */
+    struct ring_region *regions;
+    uint32_t region_count;
+    struct ring_disk *disks;
+    uint32_t disk_count;
+    int64_t spin_ns; /* the longest busy wait */
+
+    /* doorbells: where the host's values come from */
+    uint32_t *tail_cell, *head_cell;
+    uint32_t tail, head; /* the private cells: what the control thread was told */
+
+    /* loop; atomic */
+    uint32_t sq_head, cq_tail, phase, fetched, executing;
+    struct ring_counts counts;
+    uint32_t last_region;
+    uint32_t unsignalled; /* completions that the host was not told of */
+    int64_t unsignalled_since;
+    int64_t spin_now;
+
+    /* between threads */
+    uint32_t state, stop, rung, kicked, dozing, woken;
+    int32_t wake_fd; /* an eventfd */
+    pthread_mutex_t signalling;
+    int32_t interrupt_fd; /* with `signalling`; < 0: the message is owed instead */
+    uint32_t owed;
+
+    struct iovec iovecs[RING_IOVECS];
+};
+
+int ring_init(struct ring *ring);
+void ring_destroy(struct ring *ring);
+
+/* Any thread. */
+int ring_set_tail(struct ring *ring, uint32_t tail);
+int ring_set_head(struct ring *ring, uint32_t head);
+void ring_revoke(struct ring *ring);
+int ring_take(struct ring *ring);
+void ring_kick(struct ring *ring);
+void ring_mute(struct ring *ring);
+
+/* The ring's own thread, without the GIL. */
+enum ring_reason ring_run(struct ring *ring, int may_wait);
+void ring_wait(struct ring *ring);
+
+#endif

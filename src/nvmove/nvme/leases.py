@@ -1,0 +1,263 @@
+"""Queue pairs lent to an engine that runs them itself, without Python.
+
+A pair is lent only while all about it is plain: an I/O queue that has its completion queue for itself, nothing in
+flight, held or aborted, disks that are files. While it is lent its positions are the borrower's, all completion queue
+slots count as given out, and the lease counts as one thing in flight. So whatever waits for what is in flight waits for
+the lease's end: pause, disable, reset, deletion, shutdown, unmap. Whoever starts to wait revokes the lease. A borrower
+that sleeps gives back at once, without its thread; one that works, after the command it is at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from nvmove.block.lend import LendsFile, LentFile
+from nvmove.nvme.activity import Callback
+from nvmove.nvme.queue import SubmissionQueue
+from nvmove.nvme.seams import (
+    Borrower,
+    LeaseTerms,
+    LendsInterrupts,
+    LendsMemory,
+    LentDisk,
+    LentInterrupt,
+    LentMemory,
+)
+
+if TYPE_CHECKING:
+    from nvmove.nvme.controller import Controller
+
+
+class _Refused(Exception):
+    """Something about the queue pair is not plain."""
+
+
+class _Lease:
+    """What is lent: a queue pair, and all that its borrower may touch."""
+
+    def __init__(self, sq: SubmissionQueue, borrower: Borrower) -> None:
+        self.sq = sq
+        self.borrower = borrower
+        self.permits = 0
+        self.fetched = 0
+        """What the queue knows of the borrower's fetched commands."""
+        self.counted = (0, 0, 0, 0)
+        """What SMART knows of the borrower's counts."""
+        self.memory: LentMemory | None = None
+        self.interrupt: LentInterrupt | None = None
+        self.files: list[LentFile] = []
+
+    def release(self) -> None:
+        """Give all of it back but the queue pair; what waits for it may go on at once, so not with the lock held."""
+        for lent in (*self.files, self.interrupt, self.memory):
+            if lent is not None:
+                lent.release()
+        self.files, self.interrupt, self.memory = [], None, None
+
+
+class Leases:
+    """The leases of one controller, as `nvmove.nvme.seams.Lender`."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._lock = controller.lock
+        self._live: dict[Borrower, _Lease] = {}
+        self._barred = 0
+        self._ended = threading.Condition(controller.lock)
+
+    # --- the engine's side -------------------------------------------------------------------------------------------
+
+    def lend(self, sqid: int, borrower: Borrower) -> bool:
+        """Lend a queue pair; see `Lender.lend`."""
+        with self._lock:
+            sq = self._controller.sqs.get(sqid)
+            if sq is None or not self._is_plain(sq):
+                return False
+            lease = _Lease(sq, borrower)
+            borrower.prepare()
+            try:
+                self._begin(lease, self._terms(lease))
+                return True
+            except _Refused:
+                pass
+        lease.release()
+        return False
+
+    def give_back(self, borrower: Borrower) -> None:
+        """End a lease; see `Lender.give_back`."""
+        with self._lock:
+            after = self._end(self._live[borrower])
+        after()
+
+    def step(self, sqid: int, count: int) -> None:
+        """Run some commands in Python; see `Lender.step`."""
+        self._controller.step(sqid, count)
+
+    def _is_plain(self, sq: SubmissionQueue) -> bool:
+        cq = sq.cq
+        return (
+            self._controller.runs
+            and not self._barred
+            and not self._controller.doorbells.enabled
+            and sq.sqid != 0
+            and not (sq.held or sq.aborted or sq.in_flight or cq.reserved)
+            and cq.sqs == {sq.sqid}
+            and (self._controller.interrupts.msix_enabled or not cq.irq_enabled)
+        )
+
+    def _terms(self, lease: _Lease) -> LeaseTerms:
+        """Borrow what the lease needs; raises _Refused."""
+        controller, sq, cq, revoke = self._controller, lease.sq, lease.sq.cq, lease.borrower.revoke
+        disks: dict[int, LentDisk] = {}
+        for namespace in controller.namespaces.active:
+            if namespace.formatting or not isinstance(namespace.backend, LendsFile):
+                raise _Refused
+            file = namespace.backend.lend(revoke)
+            if file is None:
+                raise _Refused
+            lease.files.append(file)
+            disks[namespace.nsid] = LentDisk(
+                file.fd, namespace.blocks, namespace.block_shift, file.writable and not namespace.read_only, file.zeroes
+            )
+        if not isinstance(controller.memory, LendsMemory):
+            raise _Refused
+        lease.memory = controller.memory.lend(revoke)
+        if lease.memory is None:
+            raise _Refused
+        if cq.irq_enabled:
+            if not isinstance(controller.interrupts, LendsInterrupts):
+                raise _Refused
+            lease.interrupt = controller.interrupts.lend(cq.vector, functools.partial(_unroute, lease.borrower))
+            if lease.interrupt is None:
+                raise _Refused
+        return LeaseTerms(
+            sqid=sq.sqid,
+            sq_address=sq.address,
+            sq_size=sq.size,
+            sq_head=sq.head,
+            sq_tail=sq.tail,
+            cq_address=cq.address,
+            cq_size=cq.size,
+            cq_head=cq.head,
+            cq_tail=cq.tail,
+            cq_phase=cq.phase,
+            interrupt=lease.interrupt.fd if lease.interrupt is not None else None,
+            page_size=controller.page_size,
+            max_transfer=controller.max_transfer,
+            durable=not controller.features.volatile_write_cache,
+            memory=lease.memory.regions,
+            disks=disks,
+        )
+
+    def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
+        sq, cq = lease.sq, lease.sq.cq
+        lease.borrower.lend(terms)
+        lease.permits = cq.reserve(cq.size)
+        sq.borrower = cq.borrower = lease.borrower
+        self._controller.activity.enter(sq)
+        self._live[lease.borrower] = lease
+
+    def _end(self, lease: _Lease) -> Callback:
+        """Take the queue pair's positions back; return what the caller must call when it has released the lock."""
+        controller, sq, cq = self._controller, lease.sq, lease.sq.cq
+        del self._live[lease.borrower]
+        self._copy(lease)
+        lease.borrower.end()
+        sq.borrower = cq.borrower = None
+        cq.release(lease.permits)
+        if sq.epoch == controller.epoch:
+            if lease.borrower.owed:
+                controller.notify(cq)
+            for sqid in cq.sqs - {sq.sqid}:  # created meanwhile: they waited for room
+                controller.engine.kick(sqid)
+
+        def release() -> None:
+            lease.release()
+            with self._lock:
+                after = controller.activity.leave(sq)
+                self._ended.notify_all()
+            for callback in after:
+                callback()
+
+        return release
+
+    def _copy(self, lease: _Lease) -> None:
+        """Bring positions and counters up to date here."""
+        sq, cq, smart = lease.sq, lease.sq.cq, self._controller.logs.smart
+        fetched = sq.fetched - lease.fetched
+        sq.head, sq.tail, cq.head, cq.tail, cq.phase, lease.fetched = lease.borrower.positions()
+        sq.fetched = fetched + lease.fetched
+        counts = lease.borrower.counts()
+        reads, bytes_read, writes, bytes_written = (now - old for now, old in zip(counts, lease.counted, strict=True))
+        lease.counted = counts
+        spare = cq.free  # all slots stay given out, whatever the host consumed
+        cq.reserve(spare)
+        lease.permits += spare
+        smart.read_commands += reads
+        smart.bytes_read += bytes_read
+        smart.write_commands += writes
+        smart.bytes_written += bytes_written
+
+    # --- the controller's side, with the lock held -------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Bring the positions and counters of all that is lent up to date, to be looked at."""
+        for lease in self._live.values():
+            self._copy(lease)
+
+    def in_flight(self, sq: SubmissionQueue) -> int:
+        """Return how many commands of `sq` are under way: a lease is none."""
+        return sq.in_flight if sq.borrower is None else sq.in_flight - 1 + sq.borrower.executing
+
+    def revoke(self, *queues: SubmissionQueue) -> list[Callback]:
+        """Want `queues`, or all, back: at once or soon. Return what the caller must call after releasing the lock."""
+        after: list[Callback] = []
+        for lease in [lease for lease in self._live.values() if not queues or lease.sq in queues]:
+            if lease.borrower.take():
+                after.append(self._end(lease))
+            else:
+                lease.borrower.revoke()
+        return after
+
+    def silence(self) -> None:
+        """All that is lent is of no interest any more: its interrupts are not sent."""
+        for borrower in self._live:
+            borrower.mute()
+
+    # --- without the lock, and not for the control thread ------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Hold while nothing may be lent; on entry nothing is."""
+        self.bar()
+        try:
+            yield
+        finally:
+            self.unbar()
+
+    def bar(self) -> None:
+        """Lend nothing any more, until `unbar`; wait until nothing is lent."""
+        with self._lock:
+            self._barred += 1
+            after = self.revoke()
+        for callback in after:
+            callback()
+        with self._lock:
+            self._ended.wait_for(lambda: not self._live)
+
+    def unbar(self) -> None:
+        """Undo one `bar`."""
+        with self._lock:
+            self._barred -= 1
+            for sqid in self._controller.sqs:
+                self._controller.engine.kick(sqid)
+
+
+def _unroute(borrower: Borrower) -> None:
+    """The way of the interrupt changes: none is sent the old way from here on."""
+    borrower.mute()
+    borrower.revoke()

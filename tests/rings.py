@@ -1,0 +1,176 @@
+"""The compiled engine without threads, and what it needs lent: for tests that say what happens when."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from nvmove.block.backend import Operation, Request
+from nvmove.block.lend import Loan
+from nvmove.engine.compiled import run_lent
+from nvmove.engine.inline import InlineEngine
+from nvmove.engine.loop import Ring
+from nvmove.nvme.seams import Lender, LentRegion
+from tests.nvme_host import Disk, Lines, Ram
+
+
+class InlineRings(InlineEngine):
+    """The rings run when `drain` says so; between two drains they are lent, and sleep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rings: dict[int, Ring] = {}
+        self.lent: set[int] = set()
+        self.runs: list[int] = []
+        """Queues that Python ran."""
+        self._lender: Lender | None = None
+        self._runs: Callable[[int], None] = lambda _sqid: None
+
+    def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
+        self._lender = lender
+        self._runs = run
+        super().bind(self._turn)
+
+    def attach(self, sqid: int) -> None:
+        super().attach(sqid)
+        self.rings[sqid] = Ring()
+        self.lent.discard(sqid)
+
+    def detach(self, sqid: int) -> None:
+        super().detach(sqid)
+        self.lent.discard(sqid)
+
+    def _turn(self, sqid: int) -> None:
+        assert self._lender is not None
+        while True:
+            if sqid not in self.attached:
+                return
+            if sqid not in self.lent:
+                if sqid == 0 or not self._lender.lend(sqid, self.rings[sqid]):
+                    self.runs.append(sqid)
+                    self._runs(sqid)
+                    return
+                self.lent.add(sqid)
+            if run_lent(self.rings[sqid], self._lender, sqid, may_wait=False):
+                return
+            self.lent.discard(sqid)
+
+    def drain(self) -> None:
+        """Run all queues until nothing is left to do."""
+        super().drain()
+        for sqid in list(self.lent):
+            self._turn(sqid)
+        super().drain()
+
+
+class LentRam(Ram):
+    """Guest memory that can be lent; what `holes` take away must be revoked by `punch`."""
+
+    def __init__(self, size: int = 8 << 20) -> None:
+        super().__init__(size)
+        self.revokes: list[Callable[[], None]] = []
+        self.lends = True
+
+    def lend(self, revoke: Callable[[], None]) -> LentRam | None:
+        if not self.lends:
+            return None
+        self.revokes.append(revoke)
+        return self
+
+    @property
+    def regions(self) -> Sequence[LentRegion]:
+        view, found, start = memoryview(self.data), list[LentRegion](), 0
+        for hole in sorted(self.holes, key=lambda hole: hole.start):
+            if hole.start > start:
+                found.append(LentRegion(start, view[start : hole.start], True, True))
+            start = max(start, hole.stop)
+        if start < len(self.data):
+            found.append(LentRegion(start, view[start:], True, True))
+        return found
+
+    def punch(self, hole: range) -> None:
+        """Unmap `hole`: what is lent comes back with the next drain."""
+        self.holes.append(hole)
+        for revoke in self.revokes:
+            revoke()
+
+    def release(self) -> None:
+        self.revokes.pop()
+
+
+class _Line:
+    def __init__(self, lines: LentLines, fd: int, vector: int, revoke: Callable[[], None]) -> None:
+        self.fd, self.vector, self.revoke, self._lines = fd, vector, revoke, lines
+
+    def release(self) -> None:
+        self._lines.collect(self)
+        self._lines.lent.remove(self)
+        os.close(self.fd)
+
+
+class LentLines(Lines):
+    """Interrupt lines that can be lent; `signals` has what went through eventfds as one of each, once looked at."""
+
+    def __init__(self, msix: bool = True) -> None:
+        super().__init__(msix)
+        self.lent: list[_Line] = []
+
+    def lend(self, vector: int, revoke: Callable[[], None]) -> _Line:
+        line = _Line(self, os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), vector, revoke)
+        self.lent.append(line)
+        return line
+
+    def collect(self, line: _Line) -> None:
+        try:
+            os.eventfd_read(line.fd)
+        except BlockingIOError:
+            return
+        self.signals.append(line.vector)
+
+    def look(self) -> list[int]:
+        """Return the vectors that were signalled since the last look."""
+        for line in self.lent:
+            self.collect(line)
+        found, self.signals = self.signals, []
+        return found
+
+
+class LentDisk(Disk):
+    """A disk in a file in memory, that can be lent."""
+
+    def __init__(self, size: int = 1 << 20) -> None:
+        super().__init__(0)
+        self.fd = os.memfd_create("disk")
+        os.ftruncate(self.fd, size)
+        self.length = size
+        self.lends = True
+        self.loans = 0
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+    @property
+    def contents(self) -> bytes:
+        return os.pread(self.fd, self.size, 0)
+
+    def lend(self, revoke: Callable[[], None]) -> Loan | None:
+        if not self.lends or self.hold:
+            return None
+        self.loans += 1
+        return Loan(self.fd, self._returned, writable=not self.read_only)
+
+    def _returned(self) -> None:
+        self.loans -= 1
+
+    def perform(self, request: Request) -> None:
+        if request.operation is Operation.READ:
+            os.preadv(self.fd, request.buffers, request.offset)
+        elif request.operation is Operation.WRITE:
+            os.pwritev(self.fd, request.buffers, request.offset)
+        elif request.operation in {Operation.WRITE_ZEROES, Operation.DISCARD}:
+            os.pwrite(self.fd, bytes(request.length), request.offset)
+        request.done(0)

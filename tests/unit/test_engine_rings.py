@@ -1,0 +1,321 @@
+"""The compiled loop: what it does is what the plain engine does, and everything that waits gets its queue back."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+
+import pytest
+from tests.nvme_host import CONFIG, DATA, Host
+
+pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
+
+from tests.rings import InlineRings, LentDisk, LentLines, LentRam
+
+from nvmove.engine import loop
+from nvmove.engine.compiled import CompiledEngine
+from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, FUA, Admin, Log, Nvm, Register, Status
+
+LONG = 20
+
+
+class Rig(Host):
+    """A host whose I/O queues are lent."""
+
+    ram: LentRam
+    lines: LentLines
+    disk: LentDisk
+    engine: InlineRings
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(
+            ram=LentRam(),
+            lines=LentLines(),
+            disk=LentDisk(),
+            engine=InlineRings(),
+            **arguments,  # type: ignore[arg-type]
+        )
+        self.enable()
+        self.create(1)
+        self.drain()
+        self.lines.look()
+        self.engine.runs.clear()
+
+    @property
+    def in_python(self) -> bool:
+        """Whether Python ran an I/O queue since this was asked last."""
+        found = bool(set(self.engine.runs) - {0})
+        self.engine.runs.clear()
+        return found
+
+    def read(self, lba: int = 0, blocks: int = 1, **fields: int) -> int:
+        return self.command(1, Nvm.READ, nsid=1, cdw10=lba, cdw12=blocks - 1, **fields).status
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def test_a_read_and_a_write_never_come_to_python(rig: Rig) -> None:
+    os.pwrite(rig.disk.fd, b"hello", 512)
+    assert rig.read(1) == 0
+    assert rig.ram.data[DATA : DATA + 5] == b"hello"
+    rig.ram.data[DATA : DATA + 5] = b"world"
+    assert rig.command(1, Nvm.WRITE, nsid=1, cdw10=2).status == 0
+    assert rig.disk.contents[1024:1029] == b"world"
+    assert rig.disk.operations == []
+    assert not rig.in_python
+    assert rig.lines.look() == [0]
+
+
+def test_completions_carry_the_heads_of_their_own_commands(rig: Rig) -> None:
+    for _ in range(3):
+        rig.submit(1, Nvm.READ, nsid=1)
+    rig.drain()
+    assert [completion.sq_head for completion in rig.reap(1)] == [1, 2, 3]
+
+
+def test_rings_wrap(rig: Rig) -> None:
+    for number in range(70):
+        rig.ram.data[DATA] = number
+        assert rig.command(1, Nvm.WRITE, nsid=1, cdw10=number).status == 0
+    assert rig.disk.contents[: 70 * 512 : 512] == bytes(range(70))
+    assert not rig.in_python
+
+
+def test_a_full_completion_queue_stops_the_loop_and_room_lets_it_go_on() -> None:
+    rig = Rig()
+    rig.create(2, sq_size=16, cq_size=4)
+    rig.drain()
+    cids = [rig.submit(2, Nvm.READ, nsid=1) for _ in range(10)]
+    found = []
+    for expected in (3, 3, 3, 1, 0):
+        rig.drain()
+        some = rig.reap(2)
+        assert len(some) == expected
+        found += [completion.cid for completion in some]
+    assert found == cids
+
+
+@pytest.mark.parametrize("length", [512, 4096, 4608, 8192, 12288, 65536, 512 << 10])
+@pytest.mark.parametrize("offset", [0, 4, 2048])
+def test_prps_of_all_shapes_arrive_where_they_point(rig: Rig, length: int, offset: int) -> None:
+    blocks = length // 512
+    os.pwrite(rig.disk.fd, os.urandom(length), 0)
+    pages = [0x10_0000 + 0x2000 * n for n in range(-(-(offset + length) // 4096))]
+    pages[1:] = reversed(pages[1:])
+    rest = pages[1:]
+    prp2 = rest[0] if len(rest) == 1 else 0x3_0FF0 if rest else 0
+    if len(rest) > 1:  # a list that begins two entries before its page's end, so that it is chained
+        room = [*rest[:1], 0x60_0000] if len(rest) > 2 else rest
+        rig.ram.data[0x3_0FF0:0x3_1000] = struct.pack("<2Q", *room)
+        rig.ram.data[0x60_0000 : 0x60_0000 + 8 * len(rest[1:])] = struct.pack(f"<{len(rest[1:])}Q", *rest[1:])
+    assert rig.read(0, blocks, prp1=pages[0] + offset, prp2=prp2) == 0
+    found = b"".join(
+        bytes(rig.ram.data[page + (offset if n == 0 else 0) : page + 4096]) for n, page in enumerate(pages)
+    )
+    assert found[:length] == rig.disk.contents[:length]
+    assert not rig.in_python
+
+
+def test_data_may_cross_regions_and_lists_may_not_be_there(rig: Rig) -> None:
+    rig.ram.punch(range(0x50_0000, 0x50_1000))
+    assert rig.read(0, 8, prp1=0x50_0000) == Status.DATA_TRANSFER_ERROR
+    assert rig.read(0, 64, prp1=0x40_0000, prp2=0x50_0000) == Status.DATA_TRANSFER_ERROR
+    assert rig.read(0, 8) == 0
+
+
+ODD = [
+    (Status.SUCCESS, Nvm.FLUSH, {}),
+    (Status.SUCCESS, Nvm.WRITE, {"cdw12": FUA}),
+    (Status.SUCCESS, Nvm.WRITE_ZEROES, {}),
+    (Status.INVALID_OPCODE, 0x7F, {}),
+    (Status.INVALID_FIELD, Nvm.READ, {"flags": 1}),
+    (Status.INVALID_NAMESPACE, Nvm.READ, {"nsid": 0}),
+    (Status.INVALID_FIELD, Nvm.READ, {"nsid": 2}),
+    (Status.LBA_OUT_OF_RANGE, Nvm.READ, {"cdw10": 2048}),
+    (Status.LBA_OUT_OF_RANGE, Nvm.READ, {"cdw10": 2047, "cdw12": 1}),
+    (Status.LBA_OUT_OF_RANGE, Nvm.READ, {"cdw10": 0xFFFF_FFFF, "cdw11": 0xFFFF_FFFF}),
+    (Status.INVALID_FIELD, Nvm.READ, {"cdw12": 1024}),
+    (Status.INVALID_PRP_OFFSET, Nvm.READ, {"prp1": DATA + 1}),
+    (Status.INVALID_PRP_OFFSET, Nvm.READ, {"cdw12": 15, "prp2": DATA + 512}),
+    (Status.DATA_TRANSFER_ERROR, Nvm.READ, {"prp1": 1 << 40}),
+]
+
+
+@pytest.mark.parametrize(("status", "opcode", "fields"), ODD)
+def test_an_odd_command_is_pythons_and_its_neighbours_are_not(
+    rig: Rig, status: Status, opcode: int, fields: dict[str, int]
+) -> None:
+    cids = [rig.submit(1, Nvm.READ, nsid=1), rig.submit(1, opcode, **{"nsid": 1, **fields})]
+    cids.append(rig.submit(1, Nvm.READ, nsid=1))
+    rig.drain()
+    found = rig.reap(1)
+    assert [(c.cid, c.status) for c in found] == [(cids[0], 0), (cids[1], status), (cids[2], 0)]
+    assert [c.sq_head for c in found] == [1, 2, 3]
+    assert rig.engine.lent == {1}
+
+
+def test_doorbells_that_cannot_be_are_refused_as_ever(rig: Rig) -> None:
+    event = rig.submit(0, Admin.ASYNC_EVENT_REQUEST)
+    assert rig.read() == 0
+    assert rig.engine.lent == {1}
+    rig.set(DOORBELLS + 8, 99)
+    rig.set(DOORBELLS + 12, 5)
+    rig.drain()
+    (completion,) = rig.reap(0)
+    assert completion.cid == event
+    assert rig.read() == 0
+
+
+def test_pause_takes_a_sleeping_queue_back_and_saves_its_positions(rig: Rig) -> None:
+    for _ in range(3):
+        assert rig.read() == 0
+    rig.submit(1, Nvm.READ, nsid=1)
+    assert rig.controller.pause(0)
+    (sq,) = [sq for sq in rig.controller.save().sqs if sq.sqid == 1]
+    assert (sq.head, sq.tail) == (3, 4)
+    assert (rig.disk.loans, rig.ram.revokes) == (0, [])
+    rig.controller.resume()
+    rig.drain()
+    assert len(rig.reap(1)) == 1
+
+
+def test_smart_and_inspect_see_what_is_lent(rig: Rig) -> None:
+    assert rig.read(0, 4) == 0
+    assert rig.command(1, Nvm.WRITE, nsid=1).status == 0
+    assert rig.admin(Admin.GET_LOG_PAGE, nsid=0xFFFF_FFFF, cdw10=127 << 16 | Log.SMART).status == 0
+    page = rig.ram.data[DATA : DATA + 512]
+    assert (page[32 + 32], page[32 + 48]) == (1, 1)
+    assert rig.engine.lent == {1}
+    tree = rig.controller.inspect()
+    assert tree["sqs"][1]["head"] == 2
+    assert tree["live"]["in_flight"][1] == 0
+    assert rig.controller.pause(0)
+    assert rig.controller.logs.smart.bytes_read == 2048
+
+
+def test_a_second_queue_on_the_completion_queue_ends_the_loan(rig: Rig) -> None:
+    rig.submit(1, Nvm.READ, nsid=1)
+    rig.create(2, cqid=1)
+    cids = {rig.submit(sqid, Nvm.READ, nsid=1) for sqid in (1, 2, 2)}
+    rig.controller.leases.bar()
+    rig.controller.leases.unbar()
+    rig.drain()
+    assert cids <= {completion.cid for completion in rig.reap(1)}
+    assert rig.engine.lent == set()
+
+
+def test_deleting_disabling_and_resetting_end_loans(rig: Rig) -> None:
+    assert rig.read() == 0
+    assert rig.disk.loans == 1
+    assert rig.delete_sq(1).status == 0
+    assert rig.disk.loans == 0
+    rig.create_sq(1, 1)
+    rig.disable()
+    assert rig.csts == 0
+    assert rig.disk.loans == 0
+    rig.enable()
+    rig.create(1)
+    assert rig.read() == 0
+    assert rig.disk.loans == 1
+    done: list[bool] = []
+    rig.controller.reset(lambda: done.append(True))
+    assert (done, rig.disk.loans, rig.csts) == ([True], 0, 0)
+
+
+def test_an_abort_finds_what_waits_in_a_queue_that_is_lent(rig: Rig) -> None:
+    assert rig.read() == 0
+    cids = [rig.submit(1, Nvm.READ, nsid=1) for _ in range(3)]
+    assert rig.admin(Admin.ABORT, cdw10=cids[1] << 16 | 1).result & 1 == 0
+    rig.drain()
+    found = {completion.cid: completion.status for completion in rig.reap(1)}
+    assert found == {cids[0]: 0, cids[1]: Status.ABORT_REQUESTED, cids[2]: 0}
+
+
+def test_a_masked_interrupt_is_owed_until_it_has_a_way(rig: Rig) -> None:
+    rig.submit(1, Nvm.READ, nsid=1)
+    for line in list(rig.lines.lent):
+        line.revoke()
+    rig.drain()
+    assert len(rig.reap(1)) == 1
+    assert rig.lines.look() == [0]
+
+
+def test_without_a_write_cache_writes_are_pythons(rig: Rig) -> None:
+    assert rig.admin(Admin.SET_FEATURES, cdw10=6, cdw11=0).status == 0
+    assert rig.command(1, Nvm.WRITE, nsid=1).status == 0
+    assert rig.in_python or rig.disk.operations
+    assert rig.read() == 0
+
+
+def test_a_short_file_reads_as_the_back_end_says(rig: Rig) -> None:
+    os.ftruncate(rig.disk.fd, 4096)
+    assert rig.read(16) == 0
+    assert rig.disk.operations
+
+
+def test_shutdown_ends_loans(rig: Rig) -> None:
+    assert rig.read() == 0
+    assert rig.disk.loans == 1
+    rig.set(Register.CC, rig.get(Register.CC) | 1 << 14)
+    rig.drain()
+    assert rig.csts == CSTS_RDY | 2 << 2
+    assert rig.disk.loans == 0
+
+
+def test_a_queue_outside_of_memory_is_fatal_as_ever(rig: Rig) -> None:
+    ring = rig.rings[1]
+    rig.ram.punch(range(ring.address, ring.address + 4096))
+    rig.ram.data[ring.address] = 0
+    rig.set(DOORBELLS + 8, 1)
+    rig.drain()
+    assert rig.csts & 2
+    assert rig.disk.loans == 0
+
+
+def test_threads_run_queues_and_pause_and_resume_lose_nothing() -> None:
+    engine = CompiledEngine(spin_us=20)
+    lines = LentLines()
+    host = Host(ram=LentRam(), lines=lines, disk=LentDisk(), engine=engine, config=CONFIG)
+
+    def wait() -> None:
+        for _ in range(200_000):
+            if host.peek(0) is not None:
+                return
+            threading.Event().wait(0.0001)
+        raise AssertionError("no admin completion")
+
+    host.drain = wait  # type: ignore[method-assign]
+    host.enable()
+    for qid in (1, 2):
+        host.create(qid, sq_size=16, cq_size=16)
+    done = dict.fromkeys((1, 2), 0)
+    sent = dict.fromkeys((1, 2), 0)
+    turns = 0
+    try:
+        while min(done.values()) < 2000:
+            for qid in (1, 2):
+                while sent[qid] - done[qid] < 15:
+                    host.submit(qid, Nvm.WRITE, nsid=1, cdw10=qid)
+                    sent[qid] += 1
+                done[qid] += len(host.reap(qid))
+            turns += 1
+            if turns % 7 == 0:
+                assert host.controller.pause(LONG)
+                state = host.controller.save()
+                assert len(state.sqs) == 3
+                host.controller.resume()
+            assert turns < 1_000_000
+    finally:
+        assert host.controller.pause(LONG)
+        engine.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvme-sq")]
+
+
+def test_a_kick_before_the_wait_is_not_lost() -> None:
+    ring = loop.Ring()
+    ring.kick()
+    ring.wait()
