@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,9 @@ def test_reads_and_writes_mix(tmp_path: Path) -> None:
         def submit(self, request: Request) -> None:
             self.operations.append(request.operation)
             super().submit(request)
+
+        def lend(self, revoke: Callable[[], None]) -> None:  # a disk that is lent sees no request
+            return None
 
     with host(tmp_path, Counting(NullConfig(size=SIZE), OpenOptions())) as driver:
         driver.run(Job(depth=4, count=400, read_percent=50))
