@@ -54,6 +54,21 @@ def test_host(work: Path) -> None:
     }
 
 
+def test_guest(work: Path) -> None:
+    section = bench(work, "guest")
+    rows = {(row["what"], row["rw"], row["depth"]): row for row in section["rows"]}
+    assert rows.keys() == {(what, rw, n) for what in ("nvmove", "qemu") for rw in ("read", "write") for n in (1, 32)}
+    assert all(row["iops"] > 0 and row["cpu_us"] > 0 for row in rows.values())
+    assert len(section["ratios"]) == 8
+
+
+def test_downtime(work: Path) -> None:
+    section = bench(work, "downtime")
+    assert [row["what"] for row in section["rows"]] == ["nvmove", "qemu"]
+    assert all(0 < row["downtime_ms"] <= row["total_ms"] and row["outage_ms"] > 0 for row in section["rows"])
+    assert [ratio["goal"] for ratio in section["ratios"]] == [1.2, 1.2]
+
+
 def test_ctrl_c_leaves_nothing(work: Path) -> None:
     before = left_in_memory()
     run = start(work, "host", "--seconds", "60")

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nvmove.bench import command, host, hostfio, measure, report
+from nvmove.bench import command, guest, host, hostfio, measure, report
 from nvmove.bench.report import Section
 from nvmove.bench.results import Run, bucket_ns, merge, percentile_us
 from nvmove.errors import UserError
+from nvmove.lab.console import GuestError
 from nvmove.lab.sysroot import Sysroot
 
 
@@ -180,3 +181,36 @@ def test_a_fio_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(subprocess, "run", lambda *_a, **_k: failed)
     with pytest.raises(hostfio.FioError, match="bad engine"):
         hostfio.run(Sysroot(tmp_path), tmp_path / "image", rw="read", seconds=1)
+
+
+TERSE = (
+    "fio: warning\n3;fio-3.39;bench;0;0;{read};1.000000%=0;5.000000%=0;10.000000%=0;20.000000%=0;30.000000%=0;"
+    "40.000000%=0;50.000000%={p50};60.000000%=0;70.000000%=0;80.000000%=0;90.000000%=0;95.000000%=0;99.000000%={p99};"
+    "99.500000%=0;99.900000%=0;99.950000%=0;99.990000%=56;0%=0;0%=0;0%=0;0;5;0.2;9.0;9;94;99.9%;92.0;25.7;"
+)
+
+
+def terse_half(kib: int, iops: float, p50: int, p99: int) -> str:
+    text = TERSE.format(read=f"{kib};{kib};{iops};1000;0;0;0.0;0.0;0;5028;0.26;8.44", p50=p50, p99=p99)
+    return text.partition("bench;0;0;")[2]
+
+
+def test_fios_terse_line_is_read() -> None:
+    said = "fio: warning\n3;fio-3.39;bench;0;0;" + terse_half(4000, 1000, 5, 9) + terse_half(8000, 2000, 6, 8) + "0.1%"
+    assert guest.parse_terse(said, "read") == {"commands": 1000, "iops": 1000, "p50_us": 5, "p99_us": 9}
+    assert guest.parse_terse(said, "write") == {"commands": 2000, "iops": 2000, "p50_us": 6, "p99_us": 8}
+    for bad in ("", "3;fio;bench;0;0;1", said.replace("bench;0;0;", "bench;0;5;")):
+        with pytest.raises(GuestError, match="fio said"):
+            guest.parse_terse(bad, "read")
+
+
+def test_a_guest_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_settings: object) -> Section:
+        raise GuestError("it panicked; it wrote last:\n  this\n  and that")
+
+    (tmp_path / ".qemu-version").write_text("QEMU 11\n")
+    monkeypatch.setattr(command, "find_sysroot", lambda: Sysroot(tmp_path))
+    monkeypatch.setattr(command, "_MEMORY", tmp_path)
+    monkeypatch.setattr(guest, "measure", fail)
+    with pytest.raises(UserError, match=r"^bench: it panicked; it wrote last: this and that$"):
+        command.run(arguments("guest", "--directory", str(tmp_path)))

@@ -16,11 +16,15 @@ from rich.console import Console as Screen
 from nvmove.bench.measure import Settings, conditions
 from nvmove.bench.report import Section, show, show_conditions, to_json
 from nvmove.errors import UserError
+from nvmove.lab.console import GuestError
+from nvmove.lab.qmp import QmpClosed, QmpError
 from nvmove.lab.scratch import terminate_as_interrupt, working_directory
 from nvmove.lab.sysroot import find_sysroot
 
 KINDS = {
+    "guest": "fio in the same stock guest, on nvmove and on QEMU's own nvme",
     "host": "our own initiator against `nvmove serve`, beside fio on the same file",
+    "downtime": "live migration of a guest under fio, on nvmove and on QEMU's own nvme",
 }
 """Each is a module of this package with a function `measure(settings) -> Section`."""
 _PREFIX = "nvmove-bench-"
@@ -66,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with ExitStack() as cleanup:
             cleanup.enter_context(terminate_as_interrupt())
-            directory = cleanup.enter_context(working_directory(_PREFIX, args.directory))
+            directory = cleanup.enter_context(working_directory(_PREFIX))
+            disk = cleanup.enter_context(working_directory(_PREFIX, args.directory))
             memory = cleanup.enter_context(working_directory(_PREFIX, _MEMORY))
             around = conditions(sysroot)
             show_conditions(screen, around)
@@ -79,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
                     settings = Settings(
                         sysroot=sysroot,
                         directory=directory,
+                        disk=disk,
                         memory=memory,
                         seconds=args.seconds,
                         rounds=args.rounds,
@@ -89,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         screen.print("interrupted; nothing is left")
         return 130
+    except (GuestError, TimeoutError, QmpError, QmpClosed) as error:
+        raise UserError(f"bench: {' '.join(str(error).split())}") from None
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(around, found), indent=1) + "\n")
     return 0

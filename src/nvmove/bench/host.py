@@ -73,11 +73,13 @@ def measure(settings: Settings) -> Section:
 def _images(settings: Settings, section: Section) -> list[_Image]:
     in_memory = make_image(settings.memory / "host.img", settings.image)
     images = [_Image("tmpfs", f"file={in_memory},format=raw", in_memory)]
-    on_disk = make_image(settings.directory / "host.img", settings.image)
+    on_disk = make_image(settings.disk / "host.img", settings.image)
     if has_direct(on_disk):
         images.append(_Image("disk", f"file={on_disk},format=raw,cache=none", on_disk, direct=True))
     else:
-        section.notes.append(f"No disk was measured: {settings.directory} has no O_DIRECT (--directory names another).")
+        section.notes.append(
+            f"No disk was measured: {settings.disk.parent} has no O_DIRECT (--directory names another)."
+        )
     return [*images, _Image("null", f"driver=null-co,size={settings.image}")]
 
 

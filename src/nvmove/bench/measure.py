@@ -24,7 +24,9 @@ class Settings:
 
     sysroot: Sysroot
     directory: Path
-    """For sockets and images on a disk."""
+    """For sockets, hence with a short name."""
+    disk: Path
+    """For images on a disk."""
     memory: Path
     """For images in memory (tmpfs)."""
     seconds: float = 2.0
