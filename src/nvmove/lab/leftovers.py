@@ -23,6 +23,7 @@ class Surroundings:
     mounts: frozenset[str]
     """Those below the directory: others on this machine mount things, too."""
     shared_memory: frozenset[str]
+    """QEMU's; `nvmove bench` has its files there too, and may run beside."""
     sockets: frozenset[str]
     """Names of listening or bound Unix sockets below the directory, and abstract ones that speak of nvmove."""
     files: frozenset[str]
@@ -34,7 +35,7 @@ class Surroundings:
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         return cls(
             frozenset(line for line in mounts if str(directory) in line),
-            frozenset(name for name in os.listdir("/dev/shm") if "nvmove" in name or "qemu" in name),
+            frozenset(name for name in os.listdir("/dev/shm") if "qemu" in name),
             frozenset(name for name in _unix_sockets() if name.startswith(str(directory)) or "@nvmove" in name),
             _tree(directory),
         )
