@@ -28,3 +28,27 @@ def test_a_guest_under_fio_moves_and_its_data_verifies(
     FIO.wait(guest.machine.console)
     assert disk_complaints(guest.machine.console) == []
     assert guest.machine.quit() == 0
+
+
+@pytest.mark.parametrize("suffix", ["qcow2", "raw"])
+def test_ten_hops_at_queue_depth_32_with_two_cpus(
+    machines: MachineFactory, tree: Sysroot, work: Path, suffix: str
+) -> None:
+    """Every generation of processes takes over from the last one; the guest notices nothing."""
+    arguments = ["-M", "q35", "-smp", "2", *disk(make_image(tree, work / f"d0.{suffix}"))]
+    guest = Traveller(machines("m0"), arguments, machines)
+    guest.boot()
+    loads = [Fio(f"v{n}", blocks=4096, iodepth=32, offset=n * 32 << 20) for n in range(2)]
+    for load in loads:
+        load.start(guest.machine.console)
+    done = 0
+    for _ in range(10):
+        done = wait_writes(guest.machine.console, done + 200)
+        guest.hop()
+        assert guest.machine.qmp.status == "running"
+        for load in loads:
+            if load.finished(guest.machine.console):
+                load.start(guest.machine.console)
+    for load in loads:
+        load.wait(guest.machine.console)
+    assert disk_complaints(guest.machine.console) == []

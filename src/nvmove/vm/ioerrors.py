@@ -23,6 +23,7 @@ from nvmove.vm.throttle import Throttle
 Out = Callable[[str], None]
 
 _PAUSED_TEXT, _IO_ERROR_TEXT = "VM status: paused\r\n", "VM status: paused (io-error)\r\n"
+_ARRIVING_TEXT = "VM status: paused (inmigrate)\r\n"
 
 
 def timestamp() -> dict[str, int]:
@@ -89,12 +90,16 @@ class IoErrors:
 
     async def _query_status(self, facade: Facade, arguments: dict[str, Any]) -> Any:
         answer = await facade.execute("query-status", arguments or None)
+        if self._runstate.autostart is not None:  # also while nvmove finishes what QEMU takes for done
+            return {**answer, "status": "inmigrate"}
         if self._runstate.io_error and answer["status"] == "paused":
             return {**answer, "status": "io-error"}
         return answer
 
     async def _info_status(self, facade: Facade, arguments: str, _out: Out) -> str:
         text = await facade.hmp(f"info status {arguments}".strip())
+        if self._runstate.autostart is not None and text.startswith("VM status: "):
+            return _ARRIVING_TEXT
         return _IO_ERROR_TEXT if self._runstate.io_error and text == _PAUSED_TEXT else text
 
     async def _set_policy(self, _facade: Facade, arguments: dict[str, Any]) -> Any:
