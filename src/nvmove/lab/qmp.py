@@ -74,14 +74,23 @@ class Qmp:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float = 300) -> Any:
-        """Run a QMP command and return its value; raise QmpError, QmpClosed or TimeoutError."""
+    def execute(
+        self, command: str, arguments: dict[str, Any] | None = None, *, fd: int | None = None, timeout: float = 300
+    ) -> Any:
+        """Run a QMP command, with a descriptor sent along, and return its value.
+
+        Raises QmpError, QmpClosed or TimeoutError.
+        """
         self._id += 1
         request: dict[str, Any] = {"execute": command, "id": self._id}
         if arguments is not None:
             request["arguments"] = arguments
         try:
-            self._sock.sendall(json.dumps(request).encode() + b"\n")
+            data = json.dumps(request).encode() + b"\n"
+            if fd is None:
+                self._sock.sendall(data)
+            else:
+                socket.send_fds(self._sock, [data], [fd])
         except (BrokenPipeError, ConnectionResetError):
             raise QmpClosed("the monitor hung up") from None
         deadline = time.monotonic() + timeout
