@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,17 @@ def test_every_transport(machines: MachineFactory, tree: Sysroot, work: Path, su
     fifo = work / "fifo"
     os.mkfifo(fifo)
     inet = {"transport": "socket", "type": "inet", "host": "127.0.0.1"}
-    for hop in (
+    hops: tuple[Callable[[], None], ...] = (
         lambda: guest.by_command_line(f"tcp:127.0.0.1:{port}", f"tcp:127.0.0.1:{port}"),
         lambda: guest.by_command_line(f"exec:cat {fifo}", f"exec:cat > {fifo}"),
         lambda: guest.over_channels({"transport": "socket", "type": "unix", "path": str(work / "sock")}),
         lambda: guest.over_channels(inet | {"port": str(free_port())}, "multifd"),
         lambda: guest.over_channels(inet | {"port": str(free_port())}, tls=True),
-        lambda: guest.over_passed_descriptors(),
+        guest.over_passed_descriptors,
         lambda: guest.by_a_file(work / "vm"),
         lambda: guest.by_a_file(work / "vm", "mapped-ram", "multifd"),
-    ):
+    )
+    for hop in hops:
         done = wait_writes(guest.machine.console, done + 50)
         hop()
         assert not load.finished(guest.machine.console)

@@ -117,7 +117,7 @@ class Machine:
                 raise
             status = await ended
             if status and self._plan.incoming is not None and bus.refusal:
-                raise UserError(f"the VM that arrives does not fit: {bus.refusal}")
+                raise UserError(f"the VM that arrives does not fit: {bus.refusal.removeprefix('nvmove/')}")
             return status
 
     def _on_signals(self) -> None:
