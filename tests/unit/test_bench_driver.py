@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nvmove.bench import driver, initiator
-from nvmove.bench.driver import HostDriver, InitiatorError, Job
+from nvmove.bench.driver import DoorbellKind, HostDriver, InitiatorError, Job
 from nvmove.block.backend import Backend, Operation, Request
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
@@ -24,7 +24,9 @@ SIZE = 4 << 20
 
 
 @contextmanager
-def host(directory: Path, disk: Backend, queues: int = 1, **namespace: Any) -> Iterator[HostDriver]:
+def host(
+    directory: Path, disk: Backend, queues: int = 1, kind: DoorbellKind = DoorbellKind.MESSAGES, **namespace: Any
+) -> Iterator[HostDriver]:
     """A device with `disk`, served here, and a driver on it."""
     config = ControllerConfig(
         serial="S1", namespaces=(NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1), **namespace),)
@@ -33,7 +35,7 @@ def host(directory: Path, disk: Backend, queues: int = 1, **namespace: Any) -> I
     try:
         device.start(directory / "s")
         with HostDriver.connect(directory / "s", 64 << 20) as driver:
-            driver.make_queues(queues)
+            driver.make_queues(queues, doorbells=kind)
             yield driver
     finally:
         device.close()
@@ -52,8 +54,9 @@ def null() -> Backend:
 
 @pytest.mark.parametrize("size", [512, 4096, 8192, 128 << 10])
 @pytest.mark.parametrize("depth", [1, 7])
-def test_what_is_written_is_read(tmp_path: Path, size: int, depth: int) -> None:
-    with host(tmp_path, raw(tmp_path)) as driver:
+@pytest.mark.parametrize("kind", DoorbellKind)
+def test_what_is_written_is_read(tmp_path: Path, size: int, depth: int, kind: DoorbellKind) -> None:
+    with host(tmp_path, raw(tmp_path), kind=kind) as driver:
         count = min(SIZE // size, 200)
         span = count * size
         every = Job(depth=depth, size=size, count=count, span=span, seconds=60, check=True, sequential=True)
@@ -61,7 +64,7 @@ def test_what_is_written_is_read(tmp_path: Path, size: int, depth: int) -> None:
         run = driver.run(every)
         assert run.commands == sum(run.histogram.values()) == count
         assert 0 < run.p50 <= run.p99
-        assert 0 < run.messages <= count + 1
+        assert 0 <= run.messages <= count + 1
         assert driver.run(Job(**{**fields(every), "sequential": False})).commands == count
 
 
@@ -85,6 +88,20 @@ def test_a_larger_block_size_is_kept_to(tmp_path: Path) -> None:
 def test_queues_run_side_by_side_on_parts_of_the_disk(tmp_path: Path) -> None:
     with host(tmp_path, null(), queues=3) as driver:
         assert driver.run(Job(depth=4, count=300), (1, 2, 3)).commands == 900
+
+
+def test_shadow_doorbells_save_messages(tmp_path: Path) -> None:
+    with host(tmp_path, null(), kind=DoorbellKind.SHADOW) as driver:
+        assert driver.run(Job(depth=32, count=5000)).messages < 2500
+
+
+def test_doorbells_that_the_device_has_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostDriver, "offered", frozenset())
+    with (
+        pytest.raises(InitiatorError, match="no doorbells of the kind shadow"),
+        host(tmp_path, null(), kind=DoorbellKind.SHADOW),
+    ):
+        pass
 
 
 def test_more_commands_than_a_ring_has_entries_wrap_around(tmp_path: Path) -> None:

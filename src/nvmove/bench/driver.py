@@ -5,6 +5,7 @@ Setting up is plain Python over `vfio.client`; the jobs run in `initiator`, whic
 
 from __future__ import annotations
 
+import enum
 import struct
 import threading
 import time
@@ -16,7 +17,17 @@ from typing import TYPE_CHECKING
 
 from nvmove.bench.results import Run, merge
 from nvmove.errors import UserError
-from nvmove.nvme.spec import CQE, CQE_SIZE, DOORBELLS, PAGE, SQE_SIZE, Admin, Cns, Register
+from nvmove.nvme.spec import (
+    CQE,
+    CQE_SIZE,
+    DOORBELLS,
+    OACS_DOORBELL_BUFFER_CONFIG,
+    PAGE,
+    SQE_SIZE,
+    Admin,
+    Cns,
+    Register,
+)
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.device import BAR0_REGION
 
@@ -49,6 +60,15 @@ def initiator_class() -> type[Ring]:
             "`rm -f .venv/.installed* && make install`)"
         ) from None
     return Ring
+
+
+class DoorbellKind(enum.Enum):
+    """How the initiator rings."""
+
+    MESSAGES = "messages"
+    """Posted writes over the socket, one message for both doorbells of a queue."""
+    SHADOW = "shadow"
+    """Doorbell Buffer Config: a message only when the device sleeps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +105,7 @@ class HostDriver:
         self._enable()
         reply = self.identify(Cns.NAMESPACE, 1)
         formatted = reply[26] & 0xF
+        self.doorbells = DoorbellKind.MESSAGES
         self.block = 1 << reply[128 + formatted * 4 + 2]
         """Bytes a logical block of namespace 1."""
         self.blocks = int.from_bytes(reply[:8], "little")
@@ -170,17 +191,34 @@ class HostDriver:
 
     # --- I/O ---------------------------------------------------------------------------------------------------------
 
-    def make_queues(self, number: int, entries: int = 1024) -> None:
-        """Make I/O queue pairs 1 to `number`; once. Without interrupts: the initiator polls."""
+    @property
+    def offered(self) -> frozenset[DoorbellKind]:
+        """The kinds of doorbells that the device has."""
+        oacs = int.from_bytes(self.controller[256:258], "little")
+        more = [DoorbellKind.SHADOW] if oacs & OACS_DOORBELL_BUFFER_CONFIG else []
+        return frozenset([DoorbellKind.MESSAGES, *more])
+
+    def make_queues(self, number: int, entries: int = 1024, doorbells: DoorbellKind = DoorbellKind.MESSAGES) -> None:
+        """Make I/O queue pairs 1 to `number`; once. Without interrupts: the initiator polls. Raises InitiatorError."""
+        if doorbells not in self.offered:
+            raise InitiatorError(f"the device has no doorbells of the kind {doorbells.value}")
+        self.doorbells = doorbells
         ring_class = initiator_class()
         granted = self.admin(Admin.SET_FEATURES, cdw10=_NUMBER_OF_QUEUES, cdw11=(number - 1) << 16 | (number - 1))
         if min(granted & 0xFFFF, granted >> 16 & 0xFFFF) + 1 < number:
             raise InitiatorError(f"the device does not have {number} queues")
+        shadow = event = 0
+        if self.doorbells is DoorbellKind.SHADOW:
+            shadow, event = self._take(PAGE), self._take(PAGE)
+            self.admin(Admin.DOORBELL_BUFFER_CONFIG, prp1=shadow, prp2=event)
         for qid in range(1, number + 1):
             sq, cq = self._take(entries * SQE_SIZE), self._take(entries * CQE_SIZE)
             self.admin(Admin.CREATE_CQ, prp1=cq, cdw10=(entries - 1) << 16 | qid, cdw11=1)
             self.admin(Admin.CREATE_SQ, prp1=sq, cdw10=(entries - 1) << 16 | qid, cdw11=qid << 16 | 1)
             self._rings[qid] = ring_class(self._ram.view, sq, cq, entries, qid, self._client.fileno())
+            if self.doorbells is DoorbellKind.SHADOW:
+                tail, head = 8 * qid, 8 * qid + 4
+                self._rings[qid].use_cells(self._ram.view, shadow + tail, shadow + head, (event + tail, event + head))
         self._data_start = self._free
 
     def run(self, job: Job, queues: Sequence[int] = (1,)) -> Run:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nvmove.engine.choice import chosen
 from nvmove.lab.processes import marked
 from nvmove.lab.sysroot import Sysroot
 
@@ -65,6 +66,7 @@ def conditions(sysroot: Sysroot) -> dict[str, Any]:
         "python": platform.python_version(),
         "qemu": sysroot.qemu_version.split("(")[0].strip(),
         "accelerator": "TCG",
+        "engine": chosen(),
         "load": round(os.getloadavg()[0], 2),
     }
 
