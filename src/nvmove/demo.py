@@ -2,7 +2,8 @@
 
 fio writes blocks that carry checksums. In the midst of it the VM is saved; then the disk is overwritten and the VM
 reverted in place; then everything is killed and the VM loaded by new processes; then the disk is full, the VM pauses
-and goes on when there is room. Each time fio goes on where it was and verifies every block. Every step is checked; the
+and goes on when there is room; then the VM moves to another QEMU while fio writes, and once more, paused, with the
+writes that a full disk refused. Each time fio goes on where it was and verifies every block. Every step is checked; the
 exit status is 0 only when all of them held.
 """
 
@@ -12,18 +13,20 @@ import argparse
 import re
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console as Screen
 from rich.markup import escape
 from rich.table import Table
 
 from nvmove.lab.console import GuestError
-from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.fio import Fio, disk_complaints, wait_writes, writes_done
 from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
+from nvmove.lab.migration import Traveller
 from nvmove.lab.processes import wait_gone
 from nvmove.lab.qmp import QmpClosed, QmpError
 from nvmove.lab.scratch import terminate_as_interrupt, working_directory
@@ -33,6 +36,8 @@ _FAILURES = (GuestError, TimeoutError, QmpError, QmpClosed)
 _PREFIX = "nvmove-demo-"
 _FIO = Fio("demo", blocks=2000, rate=200)
 _FIO_FULL = Fio("full", blocks=2000, iodepth=32)
+_FIO_MOVED = Fio("moved", blocks=1200, rate=200, iodepth=32)
+_FIO_HELD = Fio("held", blocks=2000, iodepth=32)
 _SAVE_AFTER = 500
 _TAG = "t1"
 _FUTURE = "/tmp/after-savevm"
@@ -54,7 +59,9 @@ class Story:
         self.directory = directory
         self.sysroot = sysroot
         self.image = directory / "disk.qcow2"
-        self.machine = Machine(directory / "vm", sysroot, front)
+        self.front = front
+        self.machines: list[Machine] = []
+        self.vm = Traveller(self._machine("vm"), self.arguments, self._machine)
         self.rule = 0
         """The id of the fault that makes the disk full."""
         self.seen = 0
@@ -74,25 +81,35 @@ class Story:
             Step("cont without room: it pauses again", self.try_again),
             Step("there is room: cont", self.make_room),
             Step("fio has seen a slow disk only, ends and verifies", self.verify_full),
+            Step("fio once more; migrate to another QEMU, in the midst of the writes", self.migrate),
+            Step("fio, on the other side, ends and verifies", self.verify_moved),
+            Step("the disk is full again: the VM pauses", self.fill_again),
+            Step("migrate the paused VM and the writes that it holds", self.migrate_held),
+            Step("there is room on this side: cont", self.cont),
+            Step("fio ends and verifies", self.verify_held),
             Step("nothing is left running or lying about", self.leave),
         ]
 
+    def _machine(self, name: str) -> Machine:
+        self.machines.append(Machine(self.directory / name, self.sysroot, self.front))
+        return self.machines[-1]
+
+    @property
+    def machine(self) -> Machine:
+        """Where the guest is."""
+        return self.vm.machine
+
     @property
     def arguments(self) -> list[str]:
-        """QEMU's arguments for the disk and the guest."""
-        return [
-            *("-M", "q35"),
-            *("-drive", f"if=none,id=d0,file={self.image},format=qcow2"),
-            *("-device", "nvme,serial=S1,drive=d0"),
-            *self.machine.linux,
-        ]
+        """QEMU's arguments for the disk."""
+        drive = f"if=none,id=d0,file={self.image},format=qcow2"
+        return ["-M", "q35", "-drive", drive, "-device", "nvme,serial=S1,drive=d0"]
 
     def boot(self) -> str:
         """Make the image and boot."""
         qemu_img = [self.sysroot.program("qemu-img"), "create", "-q", "-f", "qcow2", str(self.image), "256M"]
         subprocess.run(qemu_img, check=True)
-        self.machine.start(self.arguments)
-        self.machine.console.wait_boot()
+        self.vm.boot()
         return f"Linux {self.machine.console.check('uname -r')} on {self.sysroot.qemu_version.split('(')[0].strip()}"
 
     def start_fio(self) -> str:
@@ -146,7 +163,7 @@ class Story:
 
     def load(self) -> str:
         """Start the VM from the snapshot."""
-        self.machine.start([*self.arguments, "-loadvm", _TAG])
+        self.machine.start([*self.machine.linux, *self.arguments, "-loadvm", _TAG])
         return self._in_the_midst()
 
     def _in_the_midst(self) -> str:
@@ -156,9 +173,13 @@ class Story:
         return "the guest is where it was, and fio goes on"
 
     def fill(self) -> str:
+        """Write on a full disk."""
+        return self._fill(_FIO_FULL)
+
+    def _fill(self, fio: Fio) -> str:
         """Let every write fail as on a full filesystem, which a demo without root cannot have, and write."""
         self.rule = self.machine.qmp.execute("nvmove-fault-add", {"op": "write", "errno": "ENOSPC"})["id"]
-        _FIO_FULL.start(self.machine.console)
+        fio.start(self.machine.console)
         return self._wait_pause()
 
     def try_again(self) -> str:
@@ -188,18 +209,65 @@ class Story:
         """Wait for the fio that met the full disk."""
         return self._verify(_FIO_FULL)
 
+    def migrate(self) -> str:
+        """Move the running VM while fio writes."""
+        _FIO_MOVED.start(self.machine.console)
+        done = writes_done(self.machine.console)
+        wait_writes(self.machine.console, done + 200)
+        answer = self.vm.hop()
+        if self.machine.qmp.status != "running":
+            raise GuestError(f"the VM is '{self.machine.qmp.status}' on the other side and does not run")
+        if _FIO_MOVED.finished(self.machine.console):
+            raise GuestError("fio had ended before the VM moved: this shows nothing")
+        return f"{_moved(answer)}; the VM runs there, and stood still for {answer['downtime']} ms"
+
+    def verify_moved(self) -> str:
+        """Wait for the fio that moved."""
+        return self._verify(_FIO_MOVED)
+
+    def fill_again(self) -> str:
+        """Write on a full disk once more, for what is held to move."""
+        self.seen = 0
+        return self._fill(_FIO_HELD)
+
+    def migrate_held(self) -> str:
+        """Move the VM that is paused for an error."""
+        answer = self.vm.hop()
+        if self.machine.qmp.status != "io-error":
+            raise GuestError(f"the VM is '{self.machine.qmp.status}' on the other side and not in io-error")
+        return f"{_moved(answer)}; the VM is in io-error there too"
+
+    def cont(self) -> str:
+        """Let the VM run on where nothing fails."""
+        self.machine.qmp.execute("cont")
+        return "what was held over there is written here"
+
+    def verify_held(self) -> str:
+        """Wait for the fio whose writes moved while they were held."""
+        return self._verify(_FIO_HELD)
+
     def leave(self) -> str:
-        """End the VM and look for what it left."""
+        """End the VM and look for what it and those that it left have left."""
         status = self.machine.quit()
         if status:
             raise GuestError(f"the VM ended with status {status}; {self.machine.started.tail()}")
-        if left := wait_gone(self.machine.mark, 10):
-            raise GuestError(f"still running: {left[0].command} (pid {left[0].pid})")
-        files = [path for path in self.machine.directory.rglob("*") if path.name != "log" and not path.is_dir()]
         now = Surroundings.look(self.directory)
-        if left_over := [*sorted(now.sockets), *sorted(map(str, files)), *sorted(now.shared_memory)]:
-            raise GuestError(f"left behind: {', '.join(left_over)}")
+        for machine in self.machines:
+            if left := wait_gone(machine.mark, 10):
+                raise GuestError(f"still running: {left[0].command} (pid {left[0].pid})")
+            files = [path for path in machine.directory.rglob("*") if path.name != "log" and not path.is_dir()]
+            if left_over := [*sorted(now.sockets), *sorted(map(str, files)), *sorted(now.shared_memory)]:
+                raise GuestError(f"left behind: {', '.join(left_over)}")
         return "no process, no socket, no file"
+
+    def kill_all(self) -> None:
+        """End whatever still runs."""
+        for machine in self.machines:
+            machine.kill()
+
+
+def _moved(answer: Mapping[str, Any]) -> str:
+    return f"{answer['ram']['transferred'] >> 20} MiB sent in {answer['total-time'] / 1000:.1f} s"
 
 
 def _last_words(machine: Machine) -> str:
@@ -209,9 +277,10 @@ def _last_words(machine: Machine) -> str:
     return ""
 
 
-def _tell(screen: Screen, machine: Machine, steps: Sequence[Step]) -> list[tuple[str, str, float]]:
+def _tell(screen: Screen, story: Story) -> list[tuple[str, str, float]]:
     """Do the steps until one fails; return the verdict, finding and duration in seconds of those that were done."""
     done: list[tuple[str, str, float]] = []
+    steps = story.steps
     for number, step in enumerate(steps, 1):
         start = time.monotonic()
         verdict = "held"
@@ -219,7 +288,7 @@ def _tell(screen: Screen, machine: Machine, steps: Sequence[Step]) -> list[tuple
             try:
                 finding = step.act()
             except _FAILURES as error:
-                verdict, finding = "failed", f"{error}{_last_words(machine)}"
+                verdict, finding = "failed", f"{error}{_last_words(story.machine)}"
         seconds = time.monotonic() - start
         sign = "[green]✓[/]" if verdict == "held" else "[red]✗[/]"
         screen.print(f"{sign} {number:2}/{len(steps)} {step.title} [dim]({seconds:.1f} s)[/]")
@@ -263,9 +332,9 @@ def run(args: argparse.Namespace) -> int:
         with terminate_as_interrupt(), working_directory(_PREFIX) as directory:
             story = Story(directory, sysroot, front)
             try:
-                done = _tell(screen, story.machine, story.steps)
+                done = _tell(screen, story)
             finally:
-                story.machine.kill()
+                story.kill_all()
     except KeyboardInterrupt:
         screen.print("interrupted; nothing is left")
         return 130

@@ -17,7 +17,7 @@ def start(work: Path) -> Marked:
 def test_the_demo_holds(work: Path) -> None:
     demo = start(work)
     assert demo.wait(500) == 0, demo.output
-    assert demo.output.count("✓") == 15
+    assert demo.output.count("✓") == 21
     assert wait_gone(demo.mark, 10) == []
     assert [path.name for path in work.iterdir()] == ["said"]
 
@@ -25,7 +25,7 @@ def test_the_demo_holds(work: Path) -> None:
 def test_ctrl_c_leaves_nothing(work: Path) -> None:
     demo = start(work)
     deadline = time.monotonic() + 300
-    while "✓  1/15" not in demo.output and time.monotonic() < deadline:
+    while "✓  1/21" not in demo.output and time.monotonic() < deadline:
         time.sleep(0.1)
     # The demo puts a mark of its own upon its VM: look for that, too, by the directory in its command line.
     demo.process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvmove.lab.console import GuestError
 from nvmove.lab.machine import Machine
 from nvmove.lab.qmp import Qmp
 
@@ -75,7 +76,7 @@ class Traveller:
         source.qmp.execute("migrate", {"uri": self.uri(target)})
         answer = wait_status(source.qmp, *ENDED)
         if answer["status"] != "completed":
-            raise RuntimeError(f"the migration {answer['status']}: {answer.get('error-desc')}")
+            raise GuestError(f"the migration {answer['status']}: {answer.get('error-desc')}")
         wait_run_state(target.qmp, "running", "paused", "io-error")
         self.machine = target
         source.quit()
