@@ -20,10 +20,12 @@ from typing import Any
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.engine import choice
+from nvmove.engine.poller import Poller
 from nvmove.nvme import management, vmsd
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.seams import DmaError, Engine
+from nvmove.nvme.spec import DOORBELLS
 from nvmove.nvme.vmsd import PciImage
 from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
 from nvmove.pci.interrupts import InterruptLines
@@ -37,10 +39,12 @@ from nvmove.vfio.device import (
     REGION_COUNT,
     Client,
     IrqAction,
+    MappableArea,
     RegionInfo,
 )
 from nvmove.vfio.dirty import DirtyReport
 from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.page import SharedPages
 from nvmove.vfio.transport import Server
 
 log = logging.getLogger(__name__)
@@ -90,6 +94,11 @@ class NvmeDevice:
         self._loaded: PciImage | None = None
         self._regions = [RegionInfo()] * REGION_COUNT
         self._regions[BAR0_REGION] = RegionInfo(self._layout.size, readable=True, writable=True)
+        self._doorbells: SharedPages | None = None
+        self._poller: Poller | None = None
+        if config.mapped_doorbells:
+            self._poller = Poller(self.controller.doorbells.scan, f"{id}-doorbells")
+            self._share_doorbells()
         self._regions[CONFIG_REGION] = RegionInfo(CONFIG_SIZE, readable=True, writable=True)
         self._irq_counts = [0] * IRQ_INDEX_COUNT
         self._irq_counts[INTX] = 1
@@ -103,12 +112,18 @@ class NvmeDevice:
         server = Server(socket, self)
         server.start()
         self._server = server
+        if self._poller is not None:
+            self._poller.start()
 
     def close(self) -> None:
         """Hang up, remove the socket, stop the engine. I/O that a back end holds is waited for a few seconds only."""
         if self._server is not None:
             self._server.close()
+        if self._poller is not None:
+            self._poller.close()
         self._engine.close()
+        if self._doorbells is not None:
+            self._doorbells.close()
 
     def pause(self, timeout: float | None = None) -> None:
         """Stop fetching and wait until nothing is in flight.
@@ -279,8 +294,27 @@ class NvmeDevice:
         A paused device stays paused: its owner decides when the next guest may run.
         """
         self._client = self._memory.client = None
+        if self._doorbells is not None:  # the old client may have kept its mapping
+            done = self._with_new_doorbells(done)
         self._lines.disconnect()
         self._reset(lambda: self._memory.unmap_all(lambda _errno: done()))
+
+    def _with_new_doorbells(self, done: Callable[[], None]) -> Callable[[], None]:
+        def shared() -> None:
+            self._share_doorbells()
+            done()
+
+        return shared
+
+    def _share_doorbells(self) -> None:
+        """Make new memory for the doorbells, while there is no client and no queue."""
+        start, end = DOORBELLS, self._layout.table
+        if self._doorbells is not None:
+            self._doorbells.close()
+        self._doorbells = SharedPages(start, end - start)
+        self.controller.doorbells.share(self._doorbells.view.cast("I"))
+        area = MappableArea(start, end - start, self._doorbells.fd)
+        self._regions[BAR0_REGION] = RegionInfo(self._layout.size, readable=True, writable=True, mappable=area)
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Read configuration space, registers or the Pending Bit Array; the MSI-X table is QEMU's, here it is zero."""

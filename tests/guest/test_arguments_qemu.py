@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nvmove.options.properties import OWN, PROPERTIES
+from nvmove.options.properties import OWN, OWN_CONTROLLER, PROPERTIES
 from nvmove.vm import arguments, argv, qemu
 from tests.qemu_messages import BAD_DEVICES, BAD_DRIVES, BAD_NAMESPACES
 
@@ -41,7 +41,7 @@ def run(program: qemu.QemuProgram, words: Sequence[str], commands: str = "") -> 
 @pytest.mark.parametrize("driver", ["nvme", "nvme-ns"])
 def test_the_property_lists_are_qemus(program: qemu.QemuProgram, driver: str) -> None:
     types = program.property_types(driver)
-    assert set(types) == set(PROPERTIES[driver]) - {"driver", "id", "bus", *OWN}
+    assert set(types) == set(PROPERTIES[driver]) - {"driver", "id", "bus", *OWN, *OWN_CONTROLLER}
     for name, kind in types.items():
         if kind in ("bool", "size", "OnOffAuto") or re.fullmatch(r"u?int\d+", kind):
             assert PROPERTIES[driver][name].kind.value == kind, name

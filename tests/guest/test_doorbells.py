@@ -91,3 +91,28 @@ def test_a_reset_of_the_guest_starts_them_anew(tree: Sysroot, machine: Machine, 
     Fio("after", blocks=500).run(machine.console)
     assert_well(machine)
     assert machine.quit() == 0
+
+
+def test_qemu_works_with_mapped_doorbells(tree: Sysroot, machine: Machine, work: Path) -> None:
+    """No doorbell is a message; they are right after a controller reset, a system reset, and loads."""
+    start = [*machine.linux, *arguments(tree, work, "x-doorbells=mapped"), *traced(work)]
+    machine.start(start)
+    machine.console.wait_boot()
+    assert rung_per_io(machine, work) == 0
+    SLOW.start(machine.console)
+    wait_writes(machine.console, 2 * DEEP.blocks // 2 + 50)
+    savevm(machine, "t1")
+    SLOW.wait(machine.console)
+    loadvm(machine, "t1")
+    SLOW.wait(machine.console)
+    machine.console.check("echo 1 >/sys/class/nvme/nvme0/reset_controller", 60)
+    SLOW.run(machine.console)
+    machine.qmp.execute("system_reset")
+    machine.console.wait_boot()
+    Fio("after", blocks=500).run(machine.console)
+    assert_well(machine)
+    machine.kill()
+    machine.start([*start, "-loadvm", "t1"])
+    SLOW.wait(machine.console)
+    assert_well(machine)
+    assert machine.quit() == 0

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,9 +57,11 @@ class EmptyDisk:
         """Nothing is open."""
 
 
-def make(serial: str = "S1", disk: EmptyDisk | None = None, vectors: int = 4) -> NvmeDevice:
+def make(serial: str = "S1", disk: EmptyDisk | None = None, vectors: int = 4, mapped: bool = False) -> NvmeDevice:
     namespace = NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1))
-    config = ControllerConfig(serial=serial, msix_qsize=vectors, namespaces=(namespace,))
+    config = ControllerConfig(
+        serial=serial, msix_qsize=vectors, namespaces=(namespace,), mapped_doorbells=mapped, dbcs=not mapped
+    )
     return NvmeDevice(config, {"d0": disk or EmptyDisk()}, id="nvme0")
 
 
@@ -375,3 +378,36 @@ def test_a_reset_while_marking_does_not_wait_for_the_client(device: NvmeDevice) 
         client.answer_dma()
         device.pause(5)
         assert device.mark_dirty().pages == 1  # the command's data, which was not marked in time
+
+
+def test_a_client_that_maps_the_doorbells_never_sends_one(tmp_path: Path) -> None:
+    """And the next client gets other memory."""
+    device = make(mapped=True)
+    device.start(tmp_path / "socket")
+    views = []
+    for _ in range(2):
+        with VfioUserClient.connect(tmp_path / "socket") as client:
+            mapped = client.map_region(BAR0_REGION)
+            assert mapped is not None
+            offset, view = mapped
+            assert (offset, len(view)) == (0x1000, 0x1000)
+            assert bytes(view[:8]) == bytes(8)
+            ram = enable(client)
+            ram[ASQ : ASQ + 64] = IDENTIFY
+            view[0:4] = (1).to_bytes(4, "little")
+            deadline = time.monotonic() + 20
+            while not ram[ACQ + 14] & 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            views.append(view)
+        assert device.controller.doorbells.writes == 0
+    views[0][0:4] = b"late"
+    assert bytes(views[1][0:4]) != b"late"
+    device.close()
+
+
+def test_doorbells_by_message_cannot_be_mapped() -> None:
+    device = make()
+    with connected(device) as client:
+        assert client.map_region(BAR0_REGION) is None
+    device.close()

@@ -15,8 +15,9 @@ from tests.vfio_peer import PlainDevice, connected, served
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio import message
 from nvmove.vfio.client import ClientError, VfioUserClient
-from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX
+from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo
 from nvmove.vfio.message import Command, RegionAccess
+from nvmove.vfio.page import SharedPages
 
 PAGE = 4096
 EVENTFDS = message.SET_DATA_EVENTFD | message.SET_TRIGGER
@@ -85,6 +86,47 @@ def test_device_region_and_irq_info() -> None:
         assert [message.parse_indexed_info(memoryview(reply))[1] for reply in irq] == [7, 1]
         fds = client.call(Command.DEVICE_GET_REGION_IO_FDS, message.indexed_info_payload(0))
         assert message.parse_indexed_info(memoryview(fds)) == (0, 0, 0)
+
+
+def test_an_area_of_a_region_can_be_mapped_where_the_device_says_so() -> None:
+    device = PlainDevice()
+    pages = SharedPages(PAGE, PAGE)
+    size = len(device.bar)
+    device.regions[BAR0_REGION] = RegionInfo(size, True, True, MappableArea(PAGE, PAGE, pages.fd))
+    with connected(device) as client:
+        assert client.region_size(BAR0_REGION) == size
+        mapped = client.map_region(BAR0_REGION)
+        assert mapped is not None
+        offset, view = mapped
+        assert (offset, len(view)) == (PAGE, PAGE)
+        view[8:12] = b"ring"
+        assert bytes(pages.view[8:12]) == b"ring"
+        assert client.map_region(CONFIG_REGION) is None
+        client.write(BAR0_REGION, PAGE, b"x")  # by message all the same
+    pages.close()
+
+
+def test_a_client_without_room_for_the_area_learns_how_much_it_takes_and_gets_no_descriptor() -> None:
+    device = PlainDevice()
+    pages = SharedPages(PAGE, PAGE)
+    device.regions[BAR0_REGION] = RegionInfo(len(device.bar), True, True, MappableArea(PAGE, PAGE, pages.fd))
+    with connected(device) as client:
+        reply = client.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(0, argsz=63))
+        assert len(reply) == 32
+        info = message.parse_region_info(memoryview(reply))
+        assert (info.argsz, info.areas) == (64, ())
+        assert info.flags == message.REGION_READ | message.REGION_WRITE | message.REGION_MMAP
+        assert client._fds == []
+        client.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(0, argsz=64))
+        assert len(client._fds) == 1  # closed with the client
+    pages.close()
+
+
+def test_shared_pages_cannot_be_taken_away_from_under_the_server() -> None:
+    pages = SharedPages(PAGE, PAGE)
+    with pytest.raises(PermissionError):
+        os.ftruncate(pages.fd, 0)
+    pages.close()
 
 
 @pytest.mark.parametrize(

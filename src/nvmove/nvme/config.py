@@ -49,5 +49,7 @@ class ControllerConfig(msgspec.Struct, frozen=True, kw_only=True):
     use_intel_id: bool = False
     smart_critical_warning: int = 0
     dbcs: bool = True
-    """Whether Doorbell Buffer Config is offered."""
+    """Whether Doorbell Buffer Config is offered; not with `mapped_doorbells`."""
+    mapped_doorbells: bool = False
+    """`x-doorbells=mapped`: doorbells are a page that the client can map."""
     namespaces: tuple[NamespaceConfig, ...] = ()

@@ -256,7 +256,7 @@ class Controller:
         if rest or size != DOORBELL_STRIDE or queue is None:
             self._doorbell_error(EVENT_INVALID_DOORBELL_REGISTER)
         elif self.doorbells.source(qid, bool(is_cq)).place is not Place.MESSAGE:
-            self._woken(queue, value)
+            self._rung_in_memory(queue, qid, bool(is_cq), value)
         elif isinstance(queue, SubmissionQueue):
             if queue.set_tail(value):
                 if queue.borrower is None:
@@ -270,13 +270,19 @@ class Controller:
                 return
             self.head_moved(queue, was_full)
 
-    def _woken(self, queue: SubmissionQueue | CompletionQueue, value: int) -> None:
-        """A doorbell whose value is in memory: the queue's workers look there."""
+    def _rung_in_memory(self, queue: SubmissionQueue | CompletionQueue, qid: int, is_cq: bool, value: int) -> None:
+        """A doorbell register whose value is in memory, or can be: the queue's workers look there."""
         if value >= queue.size:
             self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
-        elif isinstance(queue, SubmissionQueue):
+            return
+        self.doorbells.written(qid, is_cq, value)
+        self.woken(queue)
+
+    def woken(self, queue: SubmissionQueue | CompletionQueue) -> None:
+        """The queue's doorbell has changed in memory. With the lock held."""
+        if isinstance(queue, SubmissionQueue):
             self.engine.kick(queue.sqid)
-        else:
+        elif queue.free <= 0 or not self.interrupts.msix_enabled:  # otherwise nobody waits for the host
             for sqid in queue.sqs or {0}:
                 self.engine.kick(sqid)
 
@@ -295,11 +301,13 @@ class Controller:
     def create_cq(self, cq: CompletionQueue) -> None:
         """Add a completion queue that was checked."""
         self.cqs[cq.cqid] = cq
+        self.doorbells.created(cq)
 
     def create_sq(self, sq: SubmissionQueue) -> None:
         """Add a submission queue that was checked; its worker is there on return."""
         sq.epoch = self.epoch
         self.sqs[sq.sqid] = sq
+        self.doorbells.created(sq)
         sq.cq.sqs.add(sq.sqid)
         self.engine.attach(sq.sqid)
 
@@ -456,6 +464,7 @@ class Controller:
         """Return all of the state. The controller must be paused and idle; raises RuntimeError otherwise."""
         with self.lock:
             self._require_idle("save")
+            self.doorbells.take_page()
             return saving.save(self)
 
     def load(self, state: ControllerState) -> None:

@@ -4,7 +4,8 @@ A doorbell register is a cell of 32 bits: submission queue y's tail is cell 2y, 
 (PCIe 3.1.2). Its value reaches the controller on one of three ways (`Place`):
 
     MESSAGE   every write of the register comes to `Controller.write`, and goes into the ring at once
-    PAGE      `x-doorbells=mapped`: the client has mapped the registers and writes them unseen; somebody has to look
+    PAGE      `x-doorbells=mapped`: the client has mapped the registers and writes them unseen. Workers look there as
+              long as they are busy; for those that sleep somebody calls `scan` now and then
     GUEST     Doorbell Buffer Config (Base 5.8): the guest writes a page of its own, the shadow doorbells, and the
               register only when it steps over the queue's entry in a second page, EventIdx
 
@@ -19,6 +20,7 @@ then (`late`) its register counts: doorbells rung while the command ran, and the
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import threading
 from collections.abc import Iterator
@@ -49,7 +51,10 @@ class Place(enum.Enum):
 
 
 class Source(NamedTuple):
-    """A queue's doorbell. GUEST: guest addresses of the cell and of its EventIdx."""
+    """A queue's doorbell, and where who goes to sleep says how far it has looked, before it looks once more.
+
+    GUEST: guest addresses of the cell and of its EventIdx. PAGE: addresses in this process, the second one for `scan`.
+    """
 
     place: Place
     address: int = 0
@@ -84,6 +89,10 @@ class Doorbells:
         self._controller = controller
         self._lock = controller.lock
         self._fence = threading.Lock()
+        self.page: memoryview | None = None
+        """PAGE: the cells, as unsigned integers of 32 bits."""
+        self._seen = memoryview(b"")
+        """What of the page the workers have looked at."""
         self.writes = 0
         """Doorbell registers written by message since the controller exists."""
         self.reset()
@@ -102,13 +111,18 @@ class Doorbells:
 
     @property
     def cells(self) -> int:
-        """Cells of each buffer: those of all possible queues, as far as they fit in its one memory page."""
+        """Cells in memory: those of all possible queues, as far as they fit in one memory page of the guest."""
         controller = self._controller
+        if self.page is not None:
+            return len(self.page)
         return min(2 * (controller.config.max_ioqpairs + 1), controller.page_size // CELL)
 
     def source(self, qid: int, is_cq: bool) -> Source:
         """Return where the doorbell of a queue is. With the lock."""
         cell = 2 * qid + is_cq
+        if self.page is not None:
+            cells = (ctypes.c_uint32.from_buffer(memory, CELL * cell) for memory in (self.page, self._seen))
+            return Source(Place.PAGE, *map(ctypes.addressof, cells))
         if not self.enabled or cell in self.late or cell >= self.cells:
             return MESSAGE
         return Source(Place.GUEST, self.dbs + CELL * cell, self.eis + CELL * cell)
@@ -157,6 +171,50 @@ class Doorbells:
         yield from self._controller.sqs.values()
         yield from self._controller.cqs.values()
 
+    # --- the mapped page ---------------------------------------------------------------------------------------------
+
+    def share(self, page: memoryview) -> None:
+        """Use `page`, whose elements are unsigned integers of 32 bits, while there is no queue."""
+        with self._lock:
+            self.page = page
+            self._seen = memoryview(bytearray(page.nbytes)).cast("I")
+
+    def created(self, ring: Ring) -> None:
+        """A queue is there: what was in its cell before was rung for nothing. With the lock."""
+        if self.page is not None:
+            self.page[cell_of(ring)] = self._seen[cell_of(ring)] = 0
+
+    def written(self, qid: int, is_cq: bool, value: int) -> None:
+        """A doorbell that could be written in memory came by message. With the lock."""
+        if self.page is not None:
+            self.page[2 * qid + is_cq] = value
+
+    def scan(self) -> bool | None:
+        """Kick the workers of queues whose doorbells have other values in the page than these workers saw last.
+
+        Return whether there were any, None while nothing can be rung.
+        """
+        controller = self._controller
+        with self._lock:
+            if self.page is None or not controller.runs:
+                return None
+            if self.page.tobytes() == self._seen.tobytes():
+                return False
+            found = False
+            for ring in self._rings():
+                cell = cell_of(ring)
+                if (value := self.page[cell]) != self._seen[cell]:
+                    self._seen[cell] = value
+                    controller.woken(ring)
+                    found = True
+            return found
+
+    def take_page(self) -> None:
+        """Take over what was rung in the page and nobody has seen, of a controller that is idle. With the lock."""
+        if self.page is not None:
+            for ring in self._rings():
+                self._take(cell_of(ring), ring, self.page[cell_of(ring)])
+
     # --- the workers' side -------------------------------------------------------------------------------------------
 
     def look(self, sqid: int) -> bool:
@@ -178,7 +236,7 @@ class Doorbells:
 
     def arm(self, sqid: int) -> None:
         """Let the host ring from its next step on. What it rang before this took effect, a `look` must find."""
-        watch = self._enter(sqid)
+        watch = self._enter(sqid) if self.page is None else None
         if watch is None:
             return
         try:
@@ -198,7 +256,7 @@ class Doorbells:
         controller = self._controller
         with self._lock:
             sq = controller.sqs.get(sqid)
-            if sq is None or not self.enabled or not controller.runs:
+            if sq is None or not (self.enabled or self.page) or not controller.runs:
                 return None
             # Of a completion queue's head nothing depends but room, and with INTx the level of the pin.
             watches_pin = not controller.interrupts.msix_enabled
@@ -227,15 +285,22 @@ class Doorbells:
         cell = cell_of(ring)
         while True:
             before = _position(ring)
-            value = int.from_bytes(self._controller.memory.read(dbs + CELL * cell, CELL), "little")
+            value = self._read(cell, dbs)
             with self._lock:
                 if _position(ring) == before:  # another worker may have read a newer value of a shared head
                     self._take(cell, ring, value)
                     return
 
+    def _read(self, cell: int, dbs: int) -> int:
+        if self.page is not None:
+            return self.page[cell]
+        return int.from_bytes(self._controller.memory.read(dbs + CELL * cell, CELL), "little")
+
     def _take(self, cell: int, ring: Ring, value: int) -> None:
         """The host's doorbell has `value`. With the lock."""
-        if not self.enabled or self.late.get(cell) == value:
+        if self.page is not None:
+            self._seen[cell] = value
+        elif not self.enabled or self.late.get(cell) == value:
             return
         self.late.pop(cell, None)
         if value == _position(ring):
@@ -264,3 +329,6 @@ class Doorbells:
         self.reset()
         self.dbs, self.eis = state.dbs, state.eis
         self.late = {late.cell: late.value for late in state.late}
+        if self.page is not None:
+            for ring in self._rings():
+                self.page[cell_of(ring)] = self._seen[cell_of(ring)] = _position(ring)

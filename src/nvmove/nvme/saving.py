@@ -267,6 +267,8 @@ def _check_held(state: ControllerState) -> None:
 
 def _check_doorbells(controller: Controller, state: ControllerState) -> None:
     doorbells = state.doorbells
+    mapped = controller.config.mapped_doorbells
+    _require(not (doorbells.dbcs and mapped), "doorbells: dbcs was on when saved, and is not with x-doorbells=mapped")
     found = (doorbells.enabled, doorbells.dbs != 0, doorbells.eis != 0)
     _require(len(set(found)) == 1, "doorbells: enabled, dbs and eis contradict each other")
     if not doorbells.enabled:

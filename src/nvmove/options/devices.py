@@ -120,6 +120,7 @@ def _controller(option: Option, values: Values, firmware: str) -> ParsedControll
         raise option.error("mqes property cannot be less than 1")
     if not values.number("vsl"):
         raise option.error("vsl must be non-zero")
+    mapped = _mapped_doorbells(option, values)
     config = ControllerConfig(
         serial=values.text("serial"),
         id=values.text("id"),
@@ -132,11 +133,23 @@ def _controller(option: Option, values: Values, firmware: str) -> ParsedControll
         aerl=values.number("aerl"),
         aer_max_queued=values.number("aer_max_queued"),
         use_intel_id=values.switch("use-intel-id"),
-        dbcs=values.switch("dbcs"),
+        dbcs=values.switch("dbcs") and not mapped,
+        mapped_doorbells=mapped,
         smart_critical_warning=values.number("smart_critical_warning"),
         firmware_version=values.text("firmware-version") or firmware or ControllerConfig(serial="").firmware_version,
     )
     return ParsedController(option, config, values.pci())
+
+
+def _mapped_doorbells(option: Option, values: Values) -> bool:
+    """With doorbells that cost nothing to ring there is no use for a way not to ring them."""
+    where = values.text("x-doorbells")
+    if where not in {"messages", "mapped"}:
+        raise option.error(f"Parameter 'x-doorbells' expects 'messages' or 'mapped', not '{where}'")
+    mapped = where == "mapped"
+    if mapped and "dbcs" in option.values and values.switch("dbcs"):
+        raise option.error("x-doorbells=mapped and dbcs=on exclude each other")
+    return mapped
 
 
 def _owner(option: Option, bus: str, controllers: Sequence[ParsedController]) -> ParsedController:

@@ -1,7 +1,7 @@
 """Every property of QEMU 11.1's `-device nvme` and `-device nvme-ns`: its type, and what nvmove does with it.
 
 The list is that of `qemu-system-x86_64 -device nvme,help`; a test compares it with the sysroot's QEMU.
-`OWN` come on top.
+`OWN` and `OWN_CONTROLLER` come on top.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ OWN: Mapping[str, Property] = {
 }
 
 _OWNERS = ("auto", "qemu", "nvmove")
+OWN_CONTROLLER: Mapping[str, Property] = {
+    "x-doorbells": Property(Kind.TEXT, default="messages"),
+}
+
 _ON_ERROR = ("report", "ignore", "enospc", "stop", "auto")
 
 _BLOCK: Mapping[str, Property] = {
@@ -101,6 +105,7 @@ CONTROLLER: Mapping[str, Property] = {
     "id": Property(_T),
     **_BLOCK,
     **_PCI,
+    **OWN_CONTROLLER,
     "aer_max_queued": Property(_32, default=64),
     "aerl": Property(_8, default=3),
     "atomic.awun": Property(_16, _D, 0),

@@ -68,6 +68,8 @@ class VfioUserClient:
         self._ids = itertools.count()
         self._replies: dict[int, _Reply] = {}
         self._ram: list[GuestRam] = []
+        self._fds: list[int] = []
+        """Descriptors that came with replies and were not taken."""
         self.answers_dma = True
         """Set to False, the server's DMA requests stay unanswered in `unanswered`, until `answer_dma`."""
         self.unanswered: list[tuple[Header, bytes]] = []
@@ -103,6 +105,9 @@ class VfioUserClient:
         for ram in self._ram:
             ram.close()
         self._ram.clear()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for one that posts writes past this class; it must send whole messages."""
@@ -161,8 +166,28 @@ class VfioUserClient:
 
     def region_size(self, region: int) -> int:
         """Return a region's size, 0 when it is absent."""
-        reply = self.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(region))
-        return message.parse_region_info(memoryview(reply))[2]
+        return self._region_info(region, message.REGION_INFO_SIZE).size
+
+    def map_region(self, region: int) -> tuple[int, memoryview] | None:
+        """Map what the server offers of a region: return its offset in the region and the memory, None without any."""
+        first = self._region_info(region, message.REGION_INFO_SIZE)
+        if first.argsz <= message.REGION_INFO_SIZE:
+            return None
+        whole = self._region_info(region, first.argsz)
+        with self._lock:
+            fds, self._fds = self._fds, []
+        try:
+            if not whole.areas or not fds:
+                return None
+            offset, size = whole.areas[0]
+            return offset, memoryview(mmap.mmap(fds[0], size, offset=offset))
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _region_info(self, region: int, argsz: int) -> message.RegionReply:
+        reply = self.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(region, argsz=argsz))
+        return message.parse_region_info(memoryview(reply))
 
     def irq_count(self, index: int) -> int:
         """Return how many interrupts an index has."""
@@ -254,7 +279,9 @@ class VfioUserClient:
     def _receive(self, size: int) -> bytes | None:
         parts = bytearray()
         while len(parts) < size:
-            part = self._socket.recv(size - len(parts))
+            part, fds, _, _ = socket.recv_fds(self._socket, size - len(parts), message.MAX_MSG_FDS)
+            with self._lock:
+                self._fds += fds
             if not part:
                 return None
             parts += part

@@ -46,12 +46,22 @@ class IrqAction:
 
 
 @dataclass(frozen=True, slots=True)
+class MappableArea:
+    """A part of a region that the client may map: the same offset in the region and in the file `fd`; whole pages."""
+
+    offset: int
+    size: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True)
 class RegionInfo:
     """A region as VFIO_USER_DEVICE_GET_REGION_INFO describes it: size in bytes, 0 when absent."""
 
     size: int = 0
     readable: bool = False
     writable: bool = False
+    mappable: MappableArea | None = None
 
 
 class Client(Protocol):

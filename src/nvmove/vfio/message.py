@@ -69,6 +69,9 @@ _DMA_MAP = struct.Struct("<IIQQQ")
 _DMA_UNMAP = struct.Struct("<IIQQ")
 _DEVICE_INFO = struct.Struct("<IIII")
 _REGION_INFO = struct.Struct("<IIIIQQ")
+_SPARSE_MMAP = struct.Struct("<HHIII")
+"""linux/vfio.h, vfio_region_info_cap_sparse_mmap: id, version, next, areas, reserved."""
+_AREA = struct.Struct("<QQ")
 _IRQ_INFO = struct.Struct("<IIII")
 _IRQ_SET = struct.Struct("<IIIII")
 _REGION_ACCESS = struct.Struct("<QII")
@@ -82,7 +85,8 @@ _MAP_READABLE, _MAP_WRITABLE = 1, 2
 _UNMAP_DIRTY_BITMAP, _UNMAP_ALL = 1, 2
 # Flags of linux/vfio.h.
 DEVICE_FLAGS_RESET, DEVICE_FLAGS_PCI = 1, 2
-REGION_READ, REGION_WRITE = 1, 2
+REGION_READ, REGION_WRITE, REGION_MMAP, REGION_CAPS = 1, 2, 4, 8
+_CAP_SPARSE_MMAP = 1
 IRQ_EVENTFD, IRQ_MASKABLE, IRQ_AUTOMASKED = 1, 2, 4
 SET_DATA_NONE, SET_DATA_BOOL, SET_DATA_EVENTFD = 1, 2, 4
 SET_MASK, SET_UNMASK, SET_TRIGGER = 8, 16, 32
@@ -269,16 +273,50 @@ def device_info_payload(flags: int, regions: int, irqs: int) -> bytes:
     return _DEVICE_INFO.pack(_DEVICE_INFO.size, flags, regions, irqs)
 
 
-def parse_region_info(payload: memoryview) -> tuple[int, int, int]:
-    """Decode (index, flags, size): flags and size are 0 in a request."""
-    argsz, flags, index, _cap_offset, size, _offset = _unpack(_REGION_INFO, payload)
+class RegionReply(msgspec.Struct, frozen=True):
+    """VFIO_USER_DEVICE_GET_REGION_INFO. In a request `argsz` is how much the client has room for, the rest is 0."""
+
+    argsz: int
+    flags: int
+    index: int
+    size: int
+    areas: tuple[tuple[int, int], ...] = ()
+    """Offset and size of what of the region may be mapped, at the same offsets of the message's descriptor."""
+
+
+def parse_region_info(payload: memoryview) -> RegionReply:
+    """Decode; of the capabilities the sparse mmap areas, where the message has them."""
+    argsz, flags, index, cap_offset, size, _offset = _unpack(_REGION_INFO, payload)
     _checked_argsz(argsz, _REGION_INFO)
-    return index, flags, size
+    areas: tuple[tuple[int, int], ...] = ()
+    if flags & REGION_CAPS and _REGION_INFO.size <= cap_offset < len(payload):
+        kind, _version, _next, count, _reserved = _unpack(_SPARSE_MMAP, payload[cap_offset:])
+        data = payload[cap_offset + _SPARSE_MMAP.size :][: count * _AREA.size]
+        if kind == _CAP_SPARSE_MMAP and len(data) == count * _AREA.size:
+            areas = tuple(_AREA.iter_unpack(data))
+    return RegionReply(argsz, flags, index, size, areas)
 
 
-def region_info_payload(index: int, flags: int = 0, size: int = 0) -> bytes:
-    """Encode the request and the reply. No capabilities, no mmap: every access comes by message."""
-    return _REGION_INFO.pack(_REGION_INFO.size, flags, index, 0, size, 0)
+REGION_INFO_SIZE = _REGION_INFO.size
+MAPPABLE_REGION_INFO_SIZE = _REGION_INFO.size + _SPARSE_MMAP.size + _AREA.size
+"""The whole reply about a region of which one area may be mapped."""
+
+
+def region_info_payload(
+    index: int, flags: int = 0, size: int = 0, area: tuple[int, int] | None = None, argsz: int = REGION_INFO_SIZE
+) -> bytes:
+    """Encode the request and the reply.
+
+    A region with a mappable `area` takes more than the structure: it comes whole to a client that has room for it in
+    `argsz`. To others the reply says how much it takes.
+    """
+    if area is None:
+        return _REGION_INFO.pack(argsz, flags, index, 0, size, 0)
+    flags |= REGION_MMAP
+    if argsz < MAPPABLE_REGION_INFO_SIZE:
+        return _REGION_INFO.pack(MAPPABLE_REGION_INFO_SIZE, flags, index, 0, size, 0)
+    head = _REGION_INFO.pack(MAPPABLE_REGION_INFO_SIZE, flags | REGION_CAPS, index, _REGION_INFO.size, size, 0)
+    return head + _SPARSE_MMAP.pack(_CAP_SPARSE_MMAP, 1, 0, 1, 0) + _AREA.pack(*area)
 
 
 def parse_indexed_info(payload: memoryview) -> tuple[int, int, int]:

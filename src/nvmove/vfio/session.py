@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nvmove.vfio import message
 from nvmove.vfio.device import (
@@ -39,10 +40,17 @@ _WHAT = {
 _IRQ_FLAGS = {INTX: message.IRQ_EVENTFD | message.IRQ_MASKABLE | message.IRQ_AUTOMASKED}
 
 
-class Session:
-    """`send(message, …)` puts a whole message on the wire, from any thread, and raises nothing."""
+class Send(Protocol):
+    """Puts a whole message on the wire, with descriptors, which stay the caller's; from any thread. Raises nothing."""
 
-    def __init__(self, device: Device, send: Callable[[bytes], None]) -> None:
+    def __call__(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send."""
+
+
+class Session:
+    """`send` is the connection's."""
+
+    def __init__(self, device: Device, send: Send) -> None:
         self._device = device
         self._send = send
         self._channel: DmaChannel | None = None
@@ -150,13 +158,20 @@ class Session:
         flags = message.DEVICE_FLAGS_RESET | message.DEVICE_FLAGS_PCI
         return message.device_info_payload(flags, REGION_COUNT, IRQ_INDEX_COUNT)
 
-    def _region_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        index, _, _ = message.parse_region_info(payload)
-        if index >= REGION_COUNT:
-            raise RequestError(errno.EINVAL, f"region {index}")
-        region = self._device.regions[index]
+    def _region_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
+        asked = message.parse_region_info(payload)
+        if asked.index >= REGION_COUNT:
+            raise RequestError(errno.EINVAL, f"region {asked.index}")
+        region = self._device.regions[asked.index]
         flags = (message.REGION_READ if region.readable else 0) | (message.REGION_WRITE if region.writable else 0)
-        return message.region_info_payload(index, flags, region.size)
+        area = region.mappable
+        if area is None:
+            return message.region_info_payload(asked.index, flags, region.size)
+        answer = message.region_info_payload(asked.index, flags, region.size, (area.offset, area.size), asked.argsz)
+        if len(answer) < message.MAPPABLE_REGION_INFO_SIZE or not header.wants_reply:
+            return answer
+        self._send(message.reply(header, answer), [area.fd])
+        return None
 
     def _region_io_fds(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         index, flags, count = message.parse_indexed_info(payload)

@@ -17,6 +17,7 @@ import os
 import socket
 import stat
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvmove.vfio import message
@@ -60,9 +61,12 @@ class Connection:
             self._session.close(released.set)
             released.wait()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one whole message. When the client is gone nothing happens here: the control thread finds out itself."""
         with self._send_lock, contextlib.suppress(OSError):
+            if fds:
+                sent = socket.send_fds(self._socket, [data], list(fds))
+                data = data[sent:]
             self._socket.sendall(data)
 
     def shutdown(self) -> None:

@@ -108,3 +108,14 @@ def test_unsupported_properties_are_named() -> None:
 
 def test_unsupported_properties_may_have_qemus_default() -> None:
     assert controllers("nvme,serial=1,cmb_size_mb=0,dbcs=on,legacy-cmb=off")
+
+
+def test_shadow_doorbells_are_offered_unless_the_doorbells_are_mapped_or_dbcs_is_off() -> None:
+    configs = [controllers(f"nvme,serial=1{more}")[0].config for more in ("", ",dbcs=off", ",x-doorbells=mapped")]
+    assert [(config.dbcs, config.mapped_doorbells) for config in configs] == [
+        (True, False), (False, False), (False, True),
+    ]  # fmt: skip
+    assert controllers("nvme,serial=1,x-doorbells=messages")[0].config == configs[0]
+    assert refusal("nvme,serial=1,x-doorbells=mapped,dbcs=on") == "x-doorbells=mapped and dbcs=on exclude each other"
+    message = "Parameter 'x-doorbells' expects 'messages' or 'mapped', not 'on'"
+    assert refusal("nvme,serial=1,x-doorbells=on") == message
