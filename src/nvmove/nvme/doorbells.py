@@ -110,6 +110,11 @@ class Doorbells:
         return bool(self.dbs)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether some queues' doorbells are in memory."""
+        return self.enabled or self.page is not None
+
+    @property
     def cells(self) -> int:
         """Cells in memory: those of all possible queues, as far as they fit in one memory page of the guest."""
         controller = self._controller
@@ -256,7 +261,7 @@ class Doorbells:
         controller = self._controller
         with self._lock:
             sq = controller.sqs.get(sqid)
-            if sq is None or not (self.enabled or self.page) or not controller.runs:
+            if sq is None or not self.in_memory or not controller.runs:
                 return None
             # Of a completion queue's head nothing depends but room, and with INTx the level of the pin.
             watches_pin = not controller.interrupts.msix_enabled

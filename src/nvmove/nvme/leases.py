@@ -102,7 +102,7 @@ class Leases:
         return (
             self._controller.runs
             and not self._barred
-            and not self._controller.doorbells.enabled
+            and not self._controller.doorbells.in_memory
             and sq.sqid != 0
             and not (sq.held or sq.aborted or sq.in_flight or cq.reserved)
             and cq.sqs == {sq.sqid}
