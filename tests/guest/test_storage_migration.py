@@ -1,4 +1,4 @@
-"""A VM moves with its disk: the recipe of docs/how-to/storage-migration.md, under fio, with QEMU's own mirror over NBD."""
+"""A VM moves with its disk: the recipe of docs/how-to/storage-migration.md, under fio, with QEMU's mirror over NBD."""
 
 from __future__ import annotations
 
@@ -70,5 +70,42 @@ def test_a_guest_under_fio_moves_with_its_disk(
         "fio --name=before --filename=/dev/nvme0n1 --rw=randwrite --bs=4096 --offset=64M --size=16M --ioengine=libaio"
         " --iodepth=16 --direct=1 --verify=crc32c --verify_fatal=1 --verify_only"
     )
+    assert disk_complaints(target.console) == []
+    assert target.quit() == 0
+
+
+def test_by_hmp_after_a_first_attempt_whose_destination_went_away(
+    machines: MachineFactory, tree: Sysroot, work: Path
+) -> None:
+    source, target = machines("source"), machines("target")
+    images = [make_image(tree, machine.directory / "d0.qcow2", "64M") for machine in (source, target)]
+    here, there = (["-M", "q35", *disk(image)] for image in images)
+    nbd, uri = f"unix:{work / 'nbd'}", f"unix:{work / 'migration'}"
+    source.boot(here)
+    fio = Fio("v", blocks=1500, rate=150)
+    fio.start(source.console)
+    target.start([*target.linux, *there, "-incoming", "defer", "-S"])
+    assert target.qmp.hmp(f"nbd_server_start -a -w {nbd}") == ""
+    assert source.qmp.hmp(f"drive_mirror -n -f d0 nbd:{nbd}:exportname=d0 raw") == ""
+    source.qmp.wait_event("BLOCK_JOB_READY")
+    assert target.qmp.hmp("nbd_server_stop") == ""
+    assert "error" in source.qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
+    assert source.qmp.status == "running"
+    assert target.qmp.hmp(f"nbd_server_start -a -w {nbd}") == ""
+    assert source.qmp.hmp(f"drive_mirror -n -f d0 nbd:{nbd}:exportname=d0 raw") == ""
+    source.qmp.wait_event("BLOCK_JOB_READY")
+    assert source.qmp.hmp("migrate_set_capability pause-before-switchover on") == ""
+    assert target.qmp.hmp(f"migrate_incoming {uri}") == ""
+    assert source.qmp.hmp(f"migrate -d {uri}") == ""
+    wait_status(source.qmp, "pre-switchover")
+    assert source.qmp.hmp("block_job_cancel d0") == ""
+    assert "error" not in source.qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
+    assert source.qmp.hmp("migrate_continue pre-switchover") == ""
+    wait_status(source.qmp, "completed")
+    wait_run_state(target.qmp, "paused")
+    assert target.qmp.hmp("nbd_server_stop") == ""
+    assert target.qmp.hmp("cont") == ""
+    source.quit()
+    fio.wait(target.console)
     assert disk_complaints(target.console) == []
     assert target.quit() == 0
