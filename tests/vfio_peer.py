@@ -13,7 +13,9 @@ from nvmove.pci.interrupts import InterruptLines
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, REGION_COUNT, Client, IrqAction, RegionInfo
 from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.migration import Migration
 from nvmove.vfio.transport import Connection
+from nvmove.vmstate.schema import StateError
 
 
 class PlainDevice:
@@ -33,6 +35,7 @@ class PlainDevice:
         self.holds_resets = False
         self.fails_with: Exception | None = None
         self.detached = threading.Event()
+        self.migration: Migration | None = None
 
     def attach(self, client: Client) -> None:
         self.client = self.memory.client = client
@@ -76,6 +79,35 @@ class PlainDevice:
         self.resets.append(done)
         if not self.holds_resets:
             done()
+
+
+class MovedState:
+    """A device whose state is some bytes; it notes what is asked of it."""
+
+    def __init__(self, state: bytes = b"the state") -> None:
+        self.state = state
+        self.calls: list[str] = []
+        self.may_pause = threading.Event()
+        self.may_pause.set()
+        self.fails: Exception | None = None
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+        assert self.may_pause.wait(5)
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def save(self) -> bytes:
+        self.calls.append("save")
+        if self.fails:
+            raise self.fails
+        return self.state
+
+    def load(self, data: bytes) -> None:
+        self.calls.append("load")
+        if data != self.state:
+            raise StateError("not ours")
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from nvmove.vfio.device import (
 )
 from nvmove.vfio.dirty import DirtyReport
 from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.migration import Migration
 from nvmove.vfio.page import SharedPages
 from nvmove.vfio.transport import Server
 
@@ -68,10 +69,12 @@ class NvmeDevice:
         engine: Engine | None = None,
         errors: Mapping[str, DriveErrors] | None = None,
         on_error: Callable[[ErrorReport], None] | None = None,
+        client_migrates: bool = False,
     ) -> None:
         """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive.
 
-        It is called on any thread, and must not wait.
+        It is called on any thread, and must not wait. `client_migrates`: the vfio-user client may drive the protocol's
+        own migration, and with it pause, resume, save and load this device.
         """
         self.id = id
         self.loads = 0
@@ -86,6 +89,7 @@ class NvmeDevice:
         self.controller = Controller(
             config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error
         )
+        self._migration = Migration(self, self._memory.dirty) if client_migrates else None
         self._client: Client | None = None
         self._server: Server | None = None
         # Guards what both sides touch: configuration space and the loaded PCI state.
@@ -121,6 +125,8 @@ class NvmeDevice:
             self._server.close()
         if self._poller is not None:
             self._poller.close()
+        if self._migration is not None:
+            self._migration.close()
         self._engine.close()
         if self._doorbells is not None:
             self._doorbells.close()
@@ -284,6 +290,11 @@ class NvmeDevice:
         """INTx, MSI-X, and the error interrupt."""
         return self._irq_counts
 
+    @property
+    def migration(self) -> Migration | None:
+        """The protocol's own migration, when the client may drive it."""
+        return self._migration
+
     def attach(self, client: Client) -> None:
         """A client is connected."""
         self._client = self._memory.client = client
@@ -291,13 +302,14 @@ class NvmeDevice:
     def detach(self, done: Callable[[], None]) -> None:
         """The client is gone, and the guest's memory with it: nothing of this function's state has a meaning any more.
 
-        A paused device stays paused: its owner decides when the next guest may run.
+        A paused device stays paused: its owner decides when the next guest may run. Unless it was the client.
         """
         self._client = self._memory.client = None
         if self._doorbells is not None:  # the old client may have kept its mapping
             done = self._with_new_doorbells(done)
+        self._memory.dirty.stop_log()
         self._lines.disconnect()
-        self._reset(lambda: self._memory.unmap_all(lambda _errno: done()))
+        self._reset(lambda: self._memory.unmap_all(lambda _errno: self._end_migration(done)))
 
     def _with_new_doorbells(self, done: Callable[[], None]) -> Callable[[], None]:
         def shared() -> None:
@@ -348,9 +360,18 @@ class NvmeDevice:
         self._lines.set_irqs(index, start, count, action)
 
     def reset(self, done: Callable[[], None]) -> None:
-        """Function-level reset; `done` when nothing from before touches guest memory. A paused device stays so."""
+        """Function-level reset; `done` when nothing from before touches guest memory. A paused device stays so.
+
+        Unless the client has paused it: this is how it gets a migration out of its ERROR state.
+        """
         self.resets += 1
-        self._reset(done)
+        self._reset(lambda: self._end_migration(done))
+
+    def _end_migration(self, done: Callable[[], None]) -> None:
+        if self._migration is None:
+            done()
+        else:
+            self._migration.reset(done)
 
     def _write_config(self, offset: int, data: bytes) -> None:
         with self._lock:
@@ -360,7 +381,8 @@ class NvmeDevice:
         if lost_msix:
             self._lines.forget_pending()
         if wants_reset:
-            self.reset(lambda: None)
+            self.resets += 1
+            self._reset(lambda: None)
 
     def _reset(self, done: Callable[[], None]) -> None:
         # The controller first: once its queues are dropped it raises no interrupt any more. It may be done at once, or

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 cleanup.callback(backends[use.name].close)
             config = _with_write_cache(controller, drives)
             errors = {use.name: _errors(use, drives[use.name]) for use in controller.drives}
-            device = NvmeDevice(config, backends, id=config.id or "nvme0", errors=errors)
+            device = NvmeDevice(config, backends, id=config.id or "nvme0", errors=errors, client_migrates=True)
             cleanup.callback(device.close)
             if slow := choice.notice():
                 print(f"nvmove: warning: {slow}", file=sys.stderr)

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.vfio_peer import PlainDevice, served
+from tests.vfio_peer import MovedState, PlainDevice, served
 
 from nvmove.vfio import message
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.message import Command
+from nvmove.vfio.migration import Migration
 
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 EDGES = st.sampled_from([0, 1, 3, 4, 5, 7, 8, 15, 16, 24, 4095, 4096, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
@@ -39,6 +40,19 @@ IRQS = st.builds(
 )
 MULTI = st.builds(lambda count, data: struct.pack("<Q", count) + data, st.integers(0, 3), st.binary(max_size=72))
 VERSION = st.builds(lambda a, b, text: struct.pack("<HH", a, b) + text, U16, U16, st.binary(max_size=60))
+FEATURE = st.builds(
+    lambda argsz, feature, method, data: struct.pack("<II", argsz, feature | method << 16) + data,
+    *(st.one_of(st.just(1 << 20), NUMBER), st.integers(0, 9), st.integers(0, 7)),
+    st.one_of(
+        st.builds(struct.Struct("<Ii").pack, st.integers(0, 8), st.just(-1)),
+        st.builds(struct.Struct("<QII").pack, PAGES, st.integers(0, 1), st.integers(0, 1)),
+        st.builds(struct.Struct("<QIIQQ").pack, PAGES, st.just(1), st.just(0), WIDE, WIDE),
+        st.builds(struct.Struct("<QQQ").pack, st.one_of(PAGES, WIDE), st.one_of(PAGES, WIDE), PAGES),
+    ),
+)
+DATA = st.binary(max_size=40).flatmap(
+    lambda data: st.builds(lambda argsz, size: struct.pack("<II", argsz, size) + data, NUMBER, st.just(len(data)))
+)
 BY_COMMAND: dict[int, st.SearchStrategy[bytes]] = {
     Command.VERSION: VERSION,
     Command.DMA_MAP: MAP,
@@ -52,6 +66,9 @@ BY_COMMAND: dict[int, st.SearchStrategy[bytes]] = {
     Command.REGION_WRITE: WRITE,
     Command.REGION_WRITE_MULTI: MULTI,
     Command.DEVICE_RESET: st.just(b""),
+    Command.DEVICE_FEATURE: FEATURE,
+    Command.MIG_DATA_READ: DATA,
+    Command.MIG_DATA_WRITE: DATA,
 }
 NOISE = st.binary(max_size=100)
 PAYLOADS = st.one_of(NOISE, *BY_COMMAND.values())
@@ -105,6 +122,7 @@ def test_hostile_messages_end_in_an_error_or_a_closed_connection(
 ) -> None:
     before = len(os.listdir("/proc/self/fd"))
     device = PlainDevice()
+    device.migration = Migration(MovedState(b""), device.memory.dirty)
     defects = Defects()
     logging.getLogger("nvmove").addHandler(defects)
     fd = os.memfd_create("x")
@@ -121,6 +139,7 @@ def test_hostile_messages_end_in_an_error_or_a_closed_connection(
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it hung up
     finally:
+        device.migration.close()
         logging.getLogger("nvmove").removeHandler(defects)
         os.close(fd)
     assert defects.messages == []

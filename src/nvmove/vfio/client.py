@@ -146,7 +146,7 @@ class VfioUserClient:
 
     def negotiate(self) -> message.Version:
         """Propose our version and capabilities; return the server's."""
-        return message.parse_version(memoryview(self.call(Command.VERSION, message.version_payload(True))))
+        return message.parse_version(memoryview(self.call(Command.VERSION, message.version_payload(True, True))))
 
     def map_ram(self, address: int, size: int, shared: bool = True, writable: bool = True) -> GuestRam:
         """Give the guest memory; not `shared`, the server reaches it by message only."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nvmove.vfio.migration import Migration
 
 Buffer = bytes | bytearray | memoryview
 # VFIO's region and IRQ indexes of a PCI device (linux/vfio.h).
@@ -90,6 +93,10 @@ class Device(Protocol):
     @property
     def irq_counts(self) -> Sequence[int]:
         """By VFIO PCI IRQ index: INTx, MSI, MSI-X, error, request."""
+
+    @property
+    def migration(self) -> Migration | None:
+        """The protocol's own migration, when the client may drive it."""
 
     def attach(self, client: Client) -> None:
         """A client is connected and has negotiated a version."""

@@ -55,10 +55,54 @@ class DirtyPages:
             pages, self._pages = self._pages, set()
         return sorted(pages)
 
+    def take_between(self, start: int, end: int) -> set[int]:
+        """Return the page numbers that touch a run of memory; forget those that lie in it as a whole."""
+        first, last = start // PAGE, (end - 1) // PAGE
+        with self._lock:
+            found = {page for page in self._pages if first <= page <= last}
+            self._pages -= {page for page in found if start <= page * PAGE and (page + 1) * PAGE <= end}
+        return found
+
     def clear(self) -> None:
         """Be empty."""
         with self._lock:
             self._pages.clear()
+
+
+class DirtyLog:
+    """What a client asked to have logged: all that is written in some ranges (none: everywhere)."""
+
+    def __init__(self, ranges: Sequence[range] = ()) -> None:
+        self._ranges = ranges
+        self._pages = DirtyPages()
+
+    def add(self, address: int, length: int) -> None:
+        """Log a run of memory of at least one byte."""
+        if not self._ranges:
+            self._pages.add(address, length)
+            return
+        for logged in self._ranges:
+            start, end = max(address, logged.start), min(address + length, logged.stop)
+            if start < end:
+                self._pages.add(start, end - start)
+
+    def report(self, start: int, length: int, page_size: int) -> bytes:
+        """Return the bitmap of a run of memory, one bit for `page_size` bytes, in whole 64-bit words; and forget it.
+
+        A page that is only in part inside is reported again the next time.
+        """
+        bitmap = bytearray(bitmap_size(length, page_size))
+        for page in self._pages.take_between(start, start + length):
+            first = (max(page * PAGE, start) - start) // page_size
+            last = (min((page + 1) * PAGE, start + length) - 1 - start) // page_size
+            for bit in range(first, last + 1):
+                bitmap[bit >> 3] |= 1 << (bit & 7)
+        return bytes(bitmap)
+
+
+def bitmap_size(length: int, page_size: int) -> int:
+    """Bytes of the bitmap of `length` bytes of memory."""
+    return -(-length // (page_size * 64)) * 8
 
 
 class DirtyTracking:
@@ -71,6 +115,8 @@ class DirtyTracking:
         """Whether what was written is to be written again by message."""
         self.recorded = DirtyPages()
         """Pages to be marked at the switch-over."""
+        self.log: DirtyLog | None = None
+        """What is logged for the client, in whatever way it was written."""
 
     def start_marking(self) -> None:
         """Mark from now on; what was recorded before is forgotten."""
@@ -79,8 +125,25 @@ class DirtyTracking:
 
     def stop_marking(self) -> None:
         """Mark no more, and forget what was recorded."""
-        self.marking = self.active = False
+        self.marking = False
+        self.active = self.log is not None
         self.recorded.clear()
+
+    def start_log(self, log: DirtyLog) -> None:
+        """Log from now on."""
+        self.log = log
+        self.active = True
+
+    def stop_log(self) -> None:
+        """Log no more."""
+        self.log = None
+        self.active = self.marking
+
+    def wrote(self, address: int, length: int) -> None:
+        """Bytes were written; only the log is told."""
+        log = self.log
+        if log is not None:
+            log.add(address, length)
 
     def record(self, address: int, length: int) -> None:
         """Bytes were written to which no completion corresponds, or whose marking failed."""

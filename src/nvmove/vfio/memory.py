@@ -205,6 +205,7 @@ class GuestMemory:
                 start = address - region.start
                 view[start : start + length] = data
                 if self.dirty.active:
+                    self.dirty.wrote(address, length)
                     self.dirty.record(address, length)
                 return
         transfer = self.acquire((Segment(address, length),), to_guest=True)
@@ -293,7 +294,9 @@ class GuestMemory:
         regions, bounces, written = transfer._regions, transfer._bounces, transfer._written
         transfer._regions, transfer._bounces, transfer._written, transfer.buffers = [], [], [], ()
         marks: list[tuple[int, bytes]] = []
-        if written and self.dirty.active:
+        if self.dirty.active:
+            for address, buffer in written:
+                self.dirty.wrote(address, len(buffer))
             if mark and commit and self.dirty.marking:
                 marks = [_copy(run, start, end) for run in written for start, end in split(run[0], len(run[1]))]
             else:
@@ -303,6 +306,8 @@ class GuestMemory:
         try:
             if bounces and commit:
                 self._require_client().dma_write_all(bounces)
+                for address, buffer in bounces:
+                    self.dirty.wrote(address, len(buffer))
             if marks:
                 self._mark(marks)
         except DmaError:

@@ -45,6 +45,9 @@ class Command(enum.IntEnum):
     DMA_WRITE = 12
     DEVICE_RESET = 13
     REGION_WRITE_MULTI = 15
+    DEVICE_FEATURE = 16
+    MIG_DATA_READ = 17
+    MIG_DATA_WRITE = 18
 
 
 # Header flags (vfio-user, Header).
@@ -154,6 +157,7 @@ class _Capabilities(msgspec.Struct):
     max_dma_maps: int = 65535
     pgsizes: int = 4096
     write_multiple: bool = False
+    migration: dict[str, Any] | None = None
 
 
 class _VersionData(msgspec.Struct):
@@ -168,6 +172,7 @@ class Version(NamedTuple):
     max_msg_fds: int
     max_data_xfer_size: int
     write_multiple: bool
+    migration: bool = False
 
 
 def parse_version(payload: memoryview) -> Version:
@@ -183,18 +188,27 @@ def parse_version(payload: memoryview) -> Version:
     capabilities = data.capabilities
     if capabilities.max_data_xfer_size < 1 or capabilities.max_msg_fds < 0:
         raise RequestError(errno.EINVAL, "version data: a limit that allows nothing")
-    return Version(major, minor, capabilities.max_msg_fds, capabilities.max_data_xfer_size, capabilities.write_multiple)
+    return Version(
+        major,
+        minor,
+        capabilities.max_msg_fds,
+        capabilities.max_data_xfer_size,
+        capabilities.write_multiple,
+        capabilities.migration is not None,
+    )
 
 
-def version_payload(write_multiple: bool) -> bytes:
-    """Encode our side of the negotiation. Capabilities must be a subset of the peer's, hence the parameter."""
-    capabilities: dict[str, int | bool] = {
+def version_payload(write_multiple: bool, migration: bool = False) -> bytes:
+    """Encode our side of the negotiation. Capabilities must be a subset of the peer's, hence the parameters."""
+    capabilities: dict[str, int | bool | dict[str, int]] = {
         "max_msg_fds": MAX_MSG_FDS,
         "max_data_xfer_size": MAX_DATA_XFER_SIZE,
         "pgsizes": 4096,
     }
     if write_multiple:
         capabilities["write_multiple"] = True
+    if migration:
+        capabilities["migration"] = {"pgsize": 4096}
     return _VERSION.pack(*PROTOCOL) + msgspec.json.encode({"capabilities": capabilities}) + b"\0"
 
 

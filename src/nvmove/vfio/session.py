@@ -2,8 +2,8 @@
 
     new ──VERSION──▶ negotiated        (`_BEFORE_VERSION`: all that is allowed in `new`)
 
-A refused command is answered with its errno and changes nothing; a posted one is logged instead. UNMAP and RESET are
-answered when the device says that it is done, from whatever thread it says so.
+A refused command is answered with its errno and changes nothing; a posted one is logged instead. UNMAP, RESET and a
+change of the migration state are answered when the device says that it is done, from whatever thread it says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nvmove.vfio import message
+from nvmove.vfio import features, message
 from nvmove.vfio.device import (
     INTX,
     IRQ_INDEX_COUNT,
@@ -68,6 +68,9 @@ class Session:
             Command.REGION_WRITE: self._region_write,
             Command.REGION_WRITE_MULTI: self._region_write_multi,
             Command.DEVICE_RESET: self._reset,
+            Command.DEVICE_FEATURE: self._device_feature,
+            Command.MIG_DATA_READ: self._migration_read,
+            Command.MIG_DATA_WRITE: self._migration_write,
         }
 
     def handle(self, header: Header, payload: memoryview, fds: list[int]) -> None:
@@ -138,7 +141,7 @@ class Session:
             raise RequestError(errno.EINVAL, f"protocol {version.major}.{version.minor}; this server speaks 0.0")
         self._channel = DmaChannel(self._send, min(version.max_data_xfer_size, message.MAX_DATA_XFER_SIZE))
         self._device.attach(self._channel)
-        return message.version_payload(version.write_multiple)
+        return message.version_payload(version.write_multiple, version.migration and self._device.migration is not None)
 
     def _dma_map(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         request = message.parse_dma_map(payload)
@@ -226,6 +229,17 @@ class Session:
             and access.count > 0
             and access.offset + access.count <= self._device.regions[access.region].size
         )
+
+    # The protocol's own migration (vfio/features.py).
+
+    def _device_feature(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
+        return features.device_feature(self._device.migration, payload, self._later(header, bytes(payload)))
+
+    def _migration_read(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        return features.migration_read(self._device.migration, payload)
+
+    def _migration_write(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+        return features.migration_write(self._device.migration, payload)
 
     def _reset(self, header: Header, payload: memoryview, fds: list[int]) -> None:
         assert self._channel is not None  # `_command` lets nothing but VERSION through without it

@@ -1,0 +1,199 @@
+"""VFIO_USER_DEVICE_FEATURE, MIG_DATA_READ and MIG_DATA_WRITE: wire format, and what each asks of the device.
+
+Source: the vfio-user specification's chapters of these names, and linux/vfio.h, struct vfio_device_feature.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from nvmove.vfio.dirty import PAGE, DirtyLog, bitmap_size
+from nvmove.vfio.message import MAX_DATA_XFER_SIZE, RequestError
+from nvmove.vfio.migration import Migration, State
+
+_FEATURE_HEADER = struct.Struct("<II")
+FEATURE_HEADER_SIZE = _FEATURE_HEADER.size
+_MIGRATION_FLAGS = struct.Struct("<Q")
+_DEVICE_STATE = struct.Struct("<Ii")
+_LOG_START = struct.Struct("<QII")
+_LOG_RANGE = struct.Struct("<QQ")
+_LOG_REPORT = struct.Struct("<QQQ")
+_DATA = struct.Struct("<II")
+DATA_HEADER_SIZE = _DATA.size
+
+# Flags of DEVICE_FEATURE; the low 16 bits are the feature.
+_FEATURE_MASK = 0xFFFF
+GET, SET, PROBE = 1 << 16, 1 << 17, 1 << 18
+# What VFIO_DEVICE_FEATURE_MIGRATION says is supported besides RUNNING and ERROR.
+MIGRATION_STOP_COPY, MIGRATION_PRE_COPY = 1 << 0, 1 << 2
+
+
+class Feature(enum.IntEnum):
+    """Device features (linux/vfio.h)."""
+
+    MIGRATION = 1
+    MIG_DEVICE_STATE = 2
+    DMA_LOGGING_START = 6
+    DMA_LOGGING_STOP = 7
+    DMA_LOGGING_REPORT = 8
+
+
+METHODS = {
+    Feature.MIGRATION: GET,
+    Feature.MIG_DEVICE_STATE: GET | SET,
+    Feature.DMA_LOGGING_START: SET,
+    Feature.DMA_LOGGING_STOP: SET,
+    Feature.DMA_LOGGING_REPORT: GET,
+}
+"""What can be done with each feature."""
+
+
+def device_feature(migration: Migration | None, payload: memoryview, done: Callable[[int], None]) -> bytes | None:
+    """Do a DEVICE_FEATURE; return the reply, or None: `done(errno)` answers later. Raises RequestError.
+
+    A feature that is not there is ENOTTY, a method that it does not have EINVAL, as with VFIO.
+    """
+    argsz, flags = _unpack(_FEATURE_HEADER, payload)
+    number, methods = flags & _FEATURE_MASK, flags & (GET | SET)
+    if flags & ~(_FEATURE_MASK | GET | SET | PROBE) or argsz < FEATURE_HEADER_SIZE:
+        raise RequestError(errno.EINVAL, f"DEVICE_FEATURE flags {flags:#x}, argsz {argsz}")
+    if migration is None or number not in METHODS:
+        raise RequestError(errno.ENOTTY, f"DEVICE_FEATURE {number} is not supported")
+    feature = Feature(number)
+    if methods & ~METHODS[feature] or (not flags & PROBE and methods not in {GET, SET}):
+        raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {feature.name}, flags {flags:#x}")
+    if flags & PROBE:
+        return bytes(payload)
+    data = payload[FEATURE_HEADER_SIZE:]
+    if feature is Feature.MIG_DEVICE_STATE and methods == SET:
+        migration.set_state(_state(data), done)
+        return None
+    reply = _DO[feature](migration, data)
+    size = FEATURE_HEADER_SIZE + len(reply)
+    if methods == GET and argsz < size:
+        raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {feature.name}: argsz {argsz}, the reply has {size} bytes")
+    return feature_payload(feature, methods, reply)
+
+
+def _state(data: memoryview) -> State:
+    state, _fd = _unpack(_DEVICE_STATE, data)
+    if state not in set(State) - {State.ERROR}:
+        raise RequestError(errno.EINVAL, f"MIG_DEVICE_STATE {state}")
+    return State(state)
+
+
+def _migration(migration: Migration, data: memoryview) -> bytes:
+    return _MIGRATION_FLAGS.pack(MIGRATION_STOP_COPY | MIGRATION_PRE_COPY)
+
+
+def _get_state(migration: Migration, data: memoryview) -> bytes:
+    return state_payload(migration.get_state())
+
+
+def _log_start(migration: Migration, data: memoryview) -> bytes:
+    page_size, count, reserved = _unpack(_LOG_START, data)
+    ranges = data[_LOG_START.size :]
+    if not _is_power_of_two(page_size) or reserved or len(ranges) != count * _LOG_RANGE.size:
+        raise RequestError(errno.EINVAL, f"DMA_LOGGING_START: page size {page_size}, {count} ranges")
+    logged = [_range(start, length) for start, length in _LOG_RANGE.iter_unpack(ranges)]
+    if migration.dirty.log is not None:
+        raise RequestError(errno.EINVAL, "DMA_LOGGING_START: it is started already")
+    migration.dirty.start_log(DirtyLog(logged))
+    return _LOG_START.pack(PAGE, count, 0) + bytes(ranges)
+
+
+def _log_stop(migration: Migration, data: memoryview) -> bytes:
+    migration.dirty.stop_log()
+    return bytes(data)
+
+
+def _log_report(migration: Migration, data: memoryview) -> bytes:
+    start, length, page_size = _unpack(_LOG_REPORT, data)
+    if not _is_power_of_two(page_size) or start % page_size or bitmap_size(length, page_size) > MAX_DATA_XFER_SIZE:
+        raise RequestError(errno.EINVAL, f"DMA_LOGGING_REPORT of {length:#x} at {start:#x}, page size {page_size}")
+    _range(start, length)
+    if migration.dirty.log is None:
+        raise RequestError(errno.EINVAL, "DMA_LOGGING_REPORT: it is not started")
+    return _LOG_REPORT.pack(start, length, page_size) + migration.dirty.log.report(start, length, page_size)
+
+
+_DO: dict[Feature, Callable[[Migration, memoryview], bytes]] = {
+    Feature.MIGRATION: _migration,
+    Feature.MIG_DEVICE_STATE: _get_state,
+    Feature.DMA_LOGGING_START: _log_start,
+    Feature.DMA_LOGGING_STOP: _log_stop,
+    Feature.DMA_LOGGING_REPORT: _log_report,
+}
+
+
+def _range(start: int, length: int) -> range:
+    if not length or start + length > 1 << 64:
+        raise RequestError(errno.EINVAL, f"DMA logging of {length:#x} bytes at {start:#x}")
+    return range(start, start + length)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and not number & (number - 1)
+
+
+def migration_read(migration: Migration | None, payload: memoryview) -> bytes:
+    """Do a MIG_DATA_READ; return the reply. Raises RequestError."""
+    argsz, size = _unpack(_DATA, payload)
+    if argsz < DATA_HEADER_SIZE or size > MAX_DATA_XFER_SIZE:
+        raise RequestError(errno.EINVAL, f"MIG_DATA_READ of {size} bytes, argsz {argsz}")
+    data = _required(migration).read(size)
+    return _DATA.pack(DATA_HEADER_SIZE + len(data), len(data)) + data
+
+
+def migration_write(migration: Migration | None, payload: memoryview) -> bytes:
+    """Do a MIG_DATA_WRITE; return the reply. Raises RequestError."""
+    argsz, size = _unpack(_DATA, payload)
+    data = payload[DATA_HEADER_SIZE:]
+    if argsz < DATA_HEADER_SIZE or size != len(data) or size > MAX_DATA_XFER_SIZE:
+        raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE of {size} bytes with {len(data)}, argsz {argsz}")
+    _required(migration).write(data)
+    return b""
+
+
+def _required(migration: Migration | None) -> Migration:
+    if migration is None:
+        raise RequestError(errno.ENOTSUP, "migration by the client is not supported")
+    return migration
+
+
+def _unpack(layout: struct.Struct, payload: memoryview) -> tuple[Any, ...]:
+    if len(payload) < layout.size:
+        raise RequestError(errno.EINVAL, f"{len(payload)} bytes where {layout.size} are expected")
+    return layout.unpack_from(payload)
+
+
+# The client's side, and what replies share with requests.
+
+
+def feature_payload(feature: int, method: int, data: bytes = b"", room: int = 0) -> bytes:
+    """Encode a DEVICE_FEATURE; `room` is how many bytes of data the reply may have, when more."""
+    return _FEATURE_HEADER.pack(FEATURE_HEADER_SIZE + max(len(data), room), feature | method) + data
+
+
+def state_payload(state: int) -> bytes:
+    """Encode MIG_DEVICE_STATE's data; `data_fd` is not used."""
+    return _DEVICE_STATE.pack(state, -1)
+
+
+def log_start_payload(page_size: int, ranges: list[tuple[int, int]]) -> bytes:
+    """Encode DMA_LOGGING_START's data; `ranges` are (address, length)."""
+    return _LOG_START.pack(page_size, len(ranges), 0) + b"".join(_LOG_RANGE.pack(*one) for one in ranges)
+
+
+def log_report_payload(start: int, length: int, page_size: int) -> bytes:
+    """Encode DMA_LOGGING_REPORT's data in a request."""
+    return _LOG_REPORT.pack(start, length, page_size)
+
+
+def data_payload(size: int, data: bytes = b"") -> bytes:
+    """Encode MIG_DATA_READ's request of `size` bytes, or MIG_DATA_WRITE's with its data."""
+    return _DATA.pack(DATA_HEADER_SIZE + size, size) + data
