@@ -50,9 +50,9 @@ def test_a_controller_goes_back_and_forth_with_commands_in_between(
             fd = vector0(client)
             identify(client, ram, hop - 1)  # rung while the device is stopped: must not be lost
             mover.state = State.RUNNING
-            assert signalled(fd) >= 1
             at = ACQ + 16 * (hop - 1) + 12
-            assert bytes(ram[at : at + 4]) == CQE
+            while bytes(ram[at : at + 4]) != CQE:  # the first interrupt may be for those the host has not consumed
+                assert signalled(fd) >= 1
             state = mover.save(size)
             memory = bytearray(ram)
             os.close(fd)
