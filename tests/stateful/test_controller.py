@@ -52,6 +52,8 @@ class Model:
 class Machine(RuleBasedStateMachine):
     """One host and its controller; `move` puts a new controller in place at any time."""
 
+    host_class = Host
+
     @initialize(
         msix=st.booleans(),
         entries=st.integers(8, 12),
@@ -61,7 +63,7 @@ class Machine(RuleBasedStateMachine):
     def start(self, msix: bool, entries: int, mqes: int, sizes: list[int]) -> None:
         config = ControllerConfig(serial="S1", namespaces=CONFIG.namespaces, mqes=mqes)
         self.disk = Disk(8 * 512)
-        self.host = Host(lines=Lines(msix), disk=self.disk, config=config)
+        self.host = self.host_class(lines=Lines(msix), disk=self.disk, config=config)
         self.entries = entries
         self.enabled = False
         self.model = Model()

@@ -3,78 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from collections.abc import Callable
 
 import msgspec
 import pytest
-from tests.nvme_host import CONFIG, Disk, Entries, Host, Lines, Ram, Ring, sqe
+from tests.nvme_host import CONFIG, Disk, Entries, Lines, Ring, sqe
+from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam
 
 from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, Admin, EventType, Nvm, Register, Status
 from nvmove.nvme.state import DoorbellsState
-
-DBS, EIS = 0x30_0000, 0x30_1000
-
-
-def needs_event(event_index: int, new: int, old: int) -> bool:
-    """What Linux does, and the specification's example (Base B.5): did the step from `old` to `new` pass the index?"""
-    return (new - event_index - 1) & 0xFFFF < (new - old) & 0xFFFF
-
-
-class ShadowRam(Ram):
-    """Runs `before_read` when a shadow doorbell is about to be read, as a guest that runs meanwhile would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.meanwhile: list[Callable[[], None]] = []
-
-    def read(self, address: int, length: int) -> bytes:
-        if DBS <= address < DBS + 4096 and self.meanwhile:
-            self.meanwhile.pop(0)()
-        return super().read(address, length)
-
-
-class ShadowHost(Host):
-    """A driver that uses shadow doorbells for its I/O queues, as Linux does. `rung` counts its register writes."""
-
-    shadows = False
-    rung = 0
-
-    def configure(self, dbs: int = DBS, eis: int = EIS) -> int:
-        status = self.admin(Admin.DOORBELL_BUFFER_CONFIG, prp1=dbs, prp2=eis).status
-        self.shadows = status == 0
-        return status
-
-    def cell(self, index: int, buffer: int = DBS) -> int:
-        value: int = struct.unpack_from("<I", self.ram.data, buffer + 4 * index)[0]
-        return value
-
-    def event(self, index: int) -> int:
-        return self.cell(index, EIS)
-
-    def store(self, index: int, value: int) -> None:
-        struct.pack_into("<I", self.ram.data, DBS + 4 * index, value)
-
-    def _ring(self, index: int, value: int) -> None:
-        old = self.cell(index)
-        self.store(index, value)
-        if needs_event(self.event(index), value, old):
-            self.rung += 1
-            self.set(DOORBELLS + 4 * index, value)
-
-    def ring_sq(self, qid: int) -> None:
-        if qid and self.shadows:
-            self._ring(2 * qid, self.rings[qid].tail)
-        else:
-            super().ring_sq(qid)
-
-    def ring_cq(self, cqid: int) -> None:
-        if cqid and self.shadows:
-            self._ring(2 * cqid + 1, self.cqs[cqid].head)
-        else:
-            super().ring_cq(cqid)
 
 
 def ready(*, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None, disk: Disk | None = None) -> ShadowHost:
@@ -427,6 +366,13 @@ def test_a_shadow_written_after_the_load_and_not_rung_is_found_on_resume() -> No
     host.controller.resume()
     host.drain()
     assert [done.cid for done in host.reap(1)] == [77]
+
+
+def test_a_queue_that_was_deleted_leaves_nothing_in_the_state() -> None:
+    host = ready()
+    host.delete_sq(1)
+    host.delete_cq(1)
+    assert {late.cell for late in host.move().doorbells.late} == {0, 1}
 
 
 @pytest.mark.parametrize("offered", [True, False])

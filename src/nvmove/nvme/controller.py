@@ -314,6 +314,7 @@ class Controller:
     def delete_cq(self, cq: CompletionQueue) -> None:
         """Remove a completion queue that no submission queue uses."""
         del self.cqs[cq.cqid]
+        self.doorbells.deleted(cq)
         self.drive_pin()
 
     def delete_sq(self, sq: SubmissionQueue, done: Callback) -> list[Callback]:
@@ -325,6 +326,7 @@ class Controller:
         after = self.leases.revoke(sq)
         self.engine.detach(sq.sqid)
         del self.sqs[sq.sqid]
+        self.doorbells.deleted(sq)
         sq.cq.sqs.discard(sq.sqid)
         # Such completions are a courtesy (Base 5.7): what finds the completion queue full does without.
         count = sq.cq.reserve(len(sq.held))

@@ -141,6 +141,9 @@ class Doorbells:
 
     def _configure(self, command: Command, dbs: int, eis: int) -> None:
         controller = self._controller
+        if self.enabled:  # what is in the old buffers counts; the command is in flight, so they are there
+            for ring in [ring for ring in self._rings() if cell_of(ring) < self.cells]:
+                self._update(ring, self.dbs)
         with self._lock:
             values = {cell_of(ring): _position(ring) for ring in self._rings()}
         image = b"".join(values.get(cell, 0).to_bytes(CELL, "little") for cell in range(self.cells))
@@ -158,8 +161,6 @@ class Doorbells:
         """A queue is about to be created: nothing was rung for it; raise CommandError."""
         cell = 2 * qid + is_cq
         with self._lock:
-            self.late.pop(cell, None)
-            self._refused.pop(cell, None)
             if not self.enabled or cell >= self.cells:
                 return
             dbs, eis = self.dbs, self.eis
@@ -188,6 +189,11 @@ class Doorbells:
         """A queue is there: what was in its cell before was rung for nothing. With the lock."""
         if self.page is not None:
             self.page[cell_of(ring)] = self._seen[cell_of(ring)] = 0
+
+    def deleted(self, ring: Ring) -> None:
+        """A queue is gone. With the lock."""
+        self.late.pop(cell_of(ring), None)
+        self._refused.pop(cell_of(ring), None)
 
     def written(self, qid: int, is_cq: bool, value: int) -> None:
         """A doorbell that could be written in memory came by message. With the lock."""
@@ -303,6 +309,10 @@ class Doorbells:
 
     def _take(self, cell: int, ring: Ring, value: int) -> None:
         """The host's doorbell has `value`. With the lock."""
+        controller = self._controller
+        is_sq = isinstance(ring, SubmissionQueue)
+        if (controller.sqs if is_sq else controller.cqs).get(cell // 2) is not ring:
+            return  # deleted meanwhile
         if self.page is not None:
             self._seen[cell] = value
         elif not self.enabled or self.late.get(cell) == value:
