@@ -420,3 +420,18 @@ def points_to(fd: int, path: Path) -> bool:
         return os.readlink(f"/proc/self/fd/{fd}") == str(path)
     except OSError:
         return False
+
+
+def test_an_image_that_is_taken_over_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page cache has of it may be older than what the other host wrote; an ordinary open keeps the cache."""
+    advice: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, kind: advice.append(kind))
+    path = tmp_path / "d.raw"
+    path.write_bytes(bytes(1 << 16))
+    image = open_raw(str(path))
+    assert advice == []
+    image.inactivate()
+    image.activate()
+    image.activate()
+    assert advice == [os.POSIX_FADV_DONTNEED]
+    image.close()

@@ -43,7 +43,8 @@ class RawBackend:
         self._size = self._space.size()
         self._gate = Gate(errno.EPERM)
         if active:
-            self.activate()
+            self._take()
+            self._gate.open()
 
     @property
     def size(self) -> int:
@@ -124,10 +125,23 @@ class RawBackend:
 
     def activate(self) -> None:
         """Take the image: its locks, its size, and requests again; raises BackendError when another has it."""
+        if self._gate.refusal:
+            self._take()
+            self._forget_cache()
+            self._gate.open()
+
+    def _take(self) -> None:
         if self._options.locking:
             self._lock.take()
         self.refresh_size()
-        self._gate.open()
+
+    def _forget_cache(self) -> None:
+        """Drop what the page cache has of the image: on a network filesystem it may be older than what is there."""
+        try:
+            os.fdatasync(self._fd)  # only clean pages go
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            _log.warning("the page cache of '%s' cannot be dropped: %s", self._path, error.strerror)
 
     def close(self) -> None:
         """Finish what is under way, flush, drop the locks and close the image. Requests are refused with ESHUTDOWN."""

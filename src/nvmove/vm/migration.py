@@ -337,6 +337,8 @@ class Migration:
         status = str(answer.get("status", ""))
         if status == PRE_SWITCHOVER and not (self._users_pause and self.stage is Stage.READY):
             shown["status"] = ACTIVE
+        if status == "completed" and self._runstate.autostart is not None:
+            shown["status"] = ACTIVE  # arrived, and being brought into its state
         if self._failure and status in _FAILED:
             shown |= {"status": _FAILED[status], "error-desc": self._failure}
         if self._marking is not None:
