@@ -1,12 +1,14 @@
 """Disks that fail, against a model of what a host may expect.
 
-Whatever the sequence of failures, policies, resume, save → new controller → load, abort, queue deletion and reset:
-every command completes exactly once with a status it may have, or is dropped by a reset or its queue's deletion; data
-that was acknowledged is on the disk; and a command is on its way, held, or over, never lost between.
+Whatever the sequence of failures, policies, resume, save → new controller → load, load of an older snapshot, abort,
+queue deletion and reset: every command completes exactly once with a status it may have, or is dropped by a reset or
+its queue's deletion; data that was acknowledged is on the disk; and a command is on its way, held, or over, never lost
+between.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import struct
 from dataclasses import dataclass
@@ -15,11 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.failing import FailingDisk, PolicyHost
-from tests.nvme_host import Completion
+from tests.nvme_host import Completion, Entries, Ring
 
 from nvmove.block.backend import Operation
 from nvmove.block.policy import Action, ErrorPolicy
 from nvmove.nvme.spec import Admin, Nvm, Status
+from nvmove.nvme.state import ControllerState
 
 QUEUES = st.integers(1, 2)
 FAILED = {Status.CAPACITY_EXCEEDED, Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR}
@@ -32,12 +35,28 @@ class Expected:
     """A command that has not completed."""
 
     block: int
+    """What it writes; 0: nothing that is looked at."""
     is_write: bool
+    """Or anything else that werror decides about."""
+    value: int = 0
+    """What it writes there."""
     reported: bool = False
     """An error of it may have been reported."""
     ignored: bool = False
     """An error of it may have been ignored."""
     aborted: bool = False
+
+
+@dataclass
+class Snapshot:
+    """Everything there was at one moment: controller, guest, disk, and what was expected."""
+
+    state: ControllerState
+    ram: bytes
+    disk: bytes
+    host: tuple[dict[int, Ring], dict[int, Entries]]
+    commands: dict[tuple[int, int], Expected]
+    acknowledged: dict[int, int]
 
 
 class Machine(RuleBasedStateMachine):
@@ -50,8 +69,10 @@ class Machine(RuleBasedStateMachine):
         self.host = PolicyHost(self.disk, entries=entries)
         self.host.create(2, sq_size=entries, cq_size=entries)
         self.commands: dict[tuple[int, int], Expected] = {}
-        self.acknowledged: set[int] = set()
+        self.acknowledged: dict[int, int] = {}
+        """What is on the disk for certain: block and value."""
         self.written = 0
+        self.snapshot: Snapshot | None = None
         self.policies()
 
     # Commands. Every write has a block and a page of its own, so what a block must hold is known.
@@ -63,12 +84,39 @@ class Machine(RuleBasedStateMachine):
     @rule(qids=st.lists(QUEUES, min_size=1, max_size=8))
     def write(self, qids: list[int]) -> None:
         for qid in qids:
-            if self.has_room(qid) and self.written < 1500:
-                self.written += 1
-                at = PAGES + 0x1000 * self.written
-                self.host.ram.data[at : at + 512] = struct.pack("<Q", self.written) * 64
-                cid = self.host.submit(qid, Nvm.WRITE, nsid=1, cdw10=self.written, prp1=at)
-                self.commands[qid, cid] = Expected(self.written, is_write=True)
+            self.write_to(qid, self.written + 1)
+        self.policies()
+
+    @rule(qid=QUEUES, data=st.data())
+    def overwrite(self, qid: int, data: st.DataObject) -> None:
+        """A block that was written gets other data: whatever writes the old ones again is seen."""
+        if self.acknowledged:
+            self.write_to(qid, data.draw(st.sampled_from(sorted(self.acknowledged))))
+        self.policies()
+
+    def write_to(self, qid: int, block: int) -> None:
+        if self.has_room(qid) and self.written < 1500:
+            self.acknowledged.pop(block, None)  # it is one or the other until the write has completed
+            self.written += 1
+            at = PAGES + 0x1000 * self.written
+            self.host.ram.data[at : at + 512] = struct.pack("<Q", self.written) * 64
+            cid = self.host.submit(qid, Nvm.WRITE, nsid=1, cdw10=block, prp1=at)
+            self.commands[qid, cid] = Expected(block, is_write=True, value=self.written)
+
+    @rule(qid=QUEUES, ranges=st.integers(0, 5))
+    def change_nothing(self, qid: int, ranges: int) -> None:
+        """A flush, or a deallocate of many requests, of blocks that nobody looks at."""
+        if self.has_room(qid) and self.written < 1500:
+            self.written += 1
+            at = PAGES + 0x1000 * self.written
+            self.host.ram.data[at : at + 16 * ranges] = b"".join(
+                struct.pack("<IIQ", 0, 1, 1600 + 2 * number) for number in range(ranges)
+            )
+            if ranges:
+                cid = self.host.submit(qid, Nvm.DATASET_MANAGEMENT, nsid=1, cdw10=ranges - 1, cdw11=4, prp1=at)
+            else:
+                cid = self.host.submit(qid, Nvm.FLUSH, nsid=1)
+            self.commands[qid, cid] = Expected(0, is_write=True)
         self.policies()
 
     @rule(qid=QUEUES)
@@ -151,6 +199,44 @@ class Machine(RuleBasedStateMachine):
         assert len(self.disk.operations) == tried
         self.host.controller.resume()
 
+    @rule()
+    def save(self) -> None:
+        self.come_to_rest()
+        host = self.host
+        self.snapshot = Snapshot(
+            host.save(),
+            bytes(host.ram.data),
+            bytes(self.disk.data),
+            copy.deepcopy((host.rings, host.cqs)),
+            copy.deepcopy(self.commands),
+            dict(self.acknowledged),
+        )
+        host.controller.resume()
+
+    @precondition(lambda self: self.snapshot is not None)
+    @rule(in_place=st.booleans())
+    def revert(self, in_place: bool) -> None:
+        """What was done since has not happened; what was held then is held again."""
+        assert self.snapshot is not None
+        self.come_to_rest()
+        snapshot, host = self.snapshot, self.host
+        host.ram.data[:] = snapshot.ram
+        self.disk.data[:] = snapshot.disk
+        host.rings, host.cqs = copy.deepcopy(snapshot.host)
+        self.commands = copy.deepcopy(snapshot.commands)
+        self.acknowledged = dict(snapshot.acknowledged)
+        if not in_place:
+            host.replace()
+        host.controller.load(snapshot.state)
+        assert host.save() == snapshot.state
+        self.policies()
+        host.controller.resume()
+
+    def come_to_rest(self) -> None:
+        self.host.controller.pause(0)
+        self.disk.hold = False
+        self.disk.finish()
+
     # The guest's ways out.
 
     @rule(data=st.data())
@@ -209,15 +295,15 @@ class Machine(RuleBasedStateMachine):
         if expected.aborted:
             allowed.add(Status.ABORT_REQUESTED)
         assert completion.status in allowed
-        if completion.status == 0 and expected.is_write and not expected.ignored:
-            self.acknowledged.add(expected.block)
+        if completion.status == 0 and expected.block and not expected.ignored:
+            self.acknowledged[expected.block] = expected.value
 
     # What always holds.
 
     @invariant()
     def acknowledged_data_is_there(self) -> None:
-        for block in self.acknowledged:
-            assert struct.unpack_from("<Q", self.disk.data, 512 * block)[0] == block
+        for block, value in self.acknowledged.items():
+            assert struct.unpack_from("<Q", self.disk.data, 512 * block)[0] == value
 
     @invariant()
     def what_is_held_is_in_order_and_holds_nothing(self) -> None:
