@@ -54,6 +54,15 @@ def test_host(work: Path) -> None:
     }
 
 
+def test_curves(work: Path) -> None:
+    section = bench(work, "curves")
+    rows = section["rows"]
+    assert {row["x"] for row in rows if row["curve"] == "reads by queues"} == {1, 2, 4, 8, 16, 32, 64}
+    sizes = [row["bytes"] for row in rows if row["curve"] == "save by held requests"]
+    assert sizes == sorted(sizes) and sizes[0] > 0
+    assert all(0 < row["ms"] <= row["worst_ms"] for row in rows if "worst_ms" in row)
+
+
 def test_guest(work: Path) -> None:
     section = bench(work, "guest")
     rows = {(row["what"], row["rw"], row["depth"]): row for row in section["rows"]}

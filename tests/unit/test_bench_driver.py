@@ -12,6 +12,7 @@ import pytest
 
 from nvmove.bench import driver, initiator
 from nvmove.bench.driver import DoorbellKind, HostDriver, InitiatorError, Job
+from nvmove.bench.inside import inside
 from nvmove.block.backend import Backend, Operation, Request
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
@@ -151,6 +152,14 @@ def test_a_device_that_hangs_is_told(tmp_path: Path) -> None:
             read_percent=100, sequential=False, seconds=1, stall=0.05,
         )  # fmt: skip
         assert (end, done) == (initiator.STALLED, 0)
+
+
+def test_a_device_inside_holds_what_a_full_disk_refuses(tmp_path: Path) -> None:
+    with inside(tmp_path / "s", null(), queues=1) as here:
+        here.hold(20)
+        here.device.pause()
+        assert here.device.held == 20
+        assert len(here.device.save()) > 20 * 64
 
 
 def delayed(microseconds: int) -> FaultRules:

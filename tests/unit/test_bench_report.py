@@ -10,13 +10,14 @@ import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from nvmove.bench import command, guest, host, hostfio, measure, report
+from nvmove.bench import command, guest, host, hostfio, measure, report, svg
 from nvmove.bench.report import Section
 from nvmove.bench.results import Run, bucket_ns, merge, percentile_us
 from nvmove.errors import UserError
@@ -214,3 +215,48 @@ def test_a_guest_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(guest, "measure", fail)
     with pytest.raises(UserError, match=r"^bench: it panicked; it wrote last: this and that$"):
         command.run(arguments("guest", "--directory", str(tmp_path)))
+
+
+def plot(log: bool, *points: tuple[float, float]) -> report.Plot:
+    return report.Plot("p", "A <title>", "x axis", "y axis", {"one": points, "two": points[:1]}, log_x=log, log_y=log)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 1e7), st.floats(0.001, 1e7)), min_size=1, max_size=20), st.booleans())
+def test_a_plot_has_every_point_within_its_frame(points: list[tuple[float, float]], log: bool) -> None:
+    document = ElementTree.fromstring(svg.draw(plot(log, *points)))
+    names = {"s": "http://www.w3.org/2000/svg"}
+    places = [(float(dot.get("cx", 0)), float(dot.get("cy", 0))) for dot in document.findall("s:circle", names)]
+    assert len(places) == len(points) + 1
+    assert all(84 <= x <= 696 and 48 <= y <= 364 for x, y in places)
+    assert "A <title>" in [text.text for text in document.findall("s:text", names)]
+
+
+def test_ticks_are_round() -> None:
+    assert svg._linear_ticks([437.0]) == [0, 100, 200, 300, 400, 500]
+    assert svg._linear_ticks([0.0, 0.0]) == [0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert svg._log_ticks([1, 1023], 2) == [1, 4, 16, 64, 256, 1024]
+    assert svg._log_ticks([8, 8], 2) == [8, 16]
+    assert svg._log_ticks([950, 4_000_000], 10) == [100, 1000, 10000, 100000, 1000000, 10000000]
+    assert [svg._tick(value) for value in (5, 0.25, 1500, 400_000, 2e6, 123_456)] == [
+        "5", "0.25", "1.5k", "400k", "2M", "123,456",
+    ]  # fmt: skip
+
+
+def test_nothing_cannot_be_plotted() -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        svg.draw(report.Plot("p", "", "", "", {"none": []}))
+
+
+def test_plots_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = section()
+    found.plots.append(plot(False, (1, 2)))
+    (tmp_path / ".qemu-version").write_text("QEMU 11\n")
+    monkeypatch.setattr(command, "find_sysroot", lambda: Sysroot(tmp_path))
+    monkeypatch.setattr(command, "_MEMORY", tmp_path)
+    monkeypatch.setattr(host, "measure", lambda _settings: found)
+    words = ["host", "--directory", str(tmp_path), "--plots", str(tmp_path / "a" / "b")]
+    assert command.run(arguments(*words)) == 0
+    assert (tmp_path / "a" / "b" / "p.svg").read_text().startswith("<svg")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Not a directory"):
+        command.run(arguments("host", "--plots", str(tmp_path / "file" / "b")))

@@ -15,6 +15,7 @@ from rich.console import Console as Screen
 
 from nvmove.bench.measure import Settings, conditions
 from nvmove.bench.report import Section, show, show_conditions, to_json
+from nvmove.bench.svg import draw
 from nvmove.errors import UserError
 from nvmove.lab.console import GuestError
 from nvmove.lab.qmp import QmpClosed, QmpError
@@ -24,6 +25,7 @@ from nvmove.lab.sysroot import find_sysroot
 KINDS = {
     "guest": "fio in the same stock guest, on nvmove and on QEMU's own nvme",
     "host": "our own initiator against `nvmove serve`, beside fio on the same file",
+    "curves": "what depth, command size, queues, held requests, saving and pausing cost",
     "downtime": "live migration of a guest under fio, on nvmove and on QEMU's own nvme",
 }
 """Each is a module of this package with a function `measure(settings) -> Section`."""
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds", type=_rounds, default=3, metavar="N", help="medians are taken of so many (default: 3)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the curves there, as SVG")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where the image on a disk is put")
 
 
@@ -97,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
         return 130
     except (GuestError, TimeoutError, QmpError, QmpClosed) as error:
         raise UserError(f"bench: {' '.join(str(error).split())}") from None
+    if args.plots is not None:
+        for plot in [plot for section in found for plot in section.plots]:
+            (args.plots / f"{plot.name}.svg").write_text(draw(plot))
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(around, found), indent=1) + "\n")
     return 0
@@ -108,5 +114,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         raise UserError(f"bench: there is no {_MEMORY} for images in memory (a tmpfs)")
     if args.json is not None and not os.access(args.json.parent, os.W_OK):
         raise UserError(f"bench: --json {args.json}: there is no directory {args.json.parent} to write to")
+    if args.plots is not None:
+        try:
+            args.plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"bench: --plots {args.plots}: {error.strerror}") from None
     if args.directory is not None and not os.access(args.directory, os.W_OK):
         raise UserError(f"bench: --directory {args.directory}: there is no such directory to write to")

@@ -39,6 +39,8 @@ def measure(settings: Settings) -> Section:
             "outage_ms": "STOP to RESUME ms",
             "total_ms": "total ms",
             "ram_mib": "RAM sent MiB",
+            "marked_pages": "pages marked",
+            "marking_ms": "marking ms",
         },
     )
     found: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
@@ -91,7 +93,9 @@ def _hop(guest: Traveller) -> dict[str, float]:
     source.quit()
     wait_writes(target.console, writes_done(target.console) + _WRITES)
     target.qmp.execute("stop")
-    return {
+    marking = answer.get("nvmove-marking")
+    marked = {} if marking is None else {"marked_pages": marking["pages"], "marking_ms": marking["milliseconds"]}
+    return marked | {
         "downtime_ms": float(answer["downtime"]),
         "outage_ms": (_seconds(resumed) - _seconds(stopped)) * 1000,
         "total_ms": float(answer["total-time"]),

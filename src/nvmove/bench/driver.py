@@ -9,7 +9,7 @@ import enum
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -246,14 +246,45 @@ class HostDriver:
             for thread in threads:
                 thread.join()
         except BaseException:
-            for ring in rings:
-                ring.stop()
+            self.stop()
             for thread in threads:
                 thread.join()
             raise
         if failures:
             raise failures[0]
         return merge(runs)
+
+    def stop(self) -> None:
+        """End what runs: nothing more is issued."""
+        for ring in self._rings.values():
+            ring.stop()
+
+    def abandon(self, job: Job, until: Callable[[], bool]) -> None:
+        """Issue commands that are not going to complete, on queue 1, and return when `until` says so.
+
+        Raises InitiatorError when it does not within some seconds. The queue is good for nothing afterwards.
+        """
+        self._free = self._data_start
+        data, lists = self._take(job.depth * -(-job.size // PAGE) * PAGE), self._take(job.depth * PAGE)
+        self._rings[1].run(
+            data=data,
+            lists=lists,
+            depth=job.depth,
+            size=job.size,
+            block=self.block,
+            first=0,
+            blocks=self.blocks,
+            read_percent=job.read_percent,
+            sequential=True,
+            seconds=_SETUP_SECONDS,
+            count=job.count,
+            stall=0.05,
+        )
+        deadline = time.monotonic() + _SETUP_SECONDS
+        while not until():
+            if time.monotonic() > deadline:
+                raise InitiatorError("the device has not taken the commands")
+            time.sleep(0.001)
 
 
 def _run(ring: Ring, job: Job, where: dict[str, int], seed: int) -> Run:
