@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nvmove.lab.console import GuestError
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.qmp import QmpError
@@ -130,5 +131,40 @@ def test_a_snapshot_of_another_device_says_the_difference_once(
     assert len(said.splitlines()) == 1 and reason in said
     assert machine.qmp.status == "restore-vm"  # as stock QEMU after a loadvm that failed half-way
     assert machine.qmp.execute("query-block") != []
+    statuses, _state, error = job(machine, "snapshot-load", "t1", "j0")
+    assert (statuses[-1], f"Error: {error}\n") == ("concluded", said)
     assert machine.quit() == 0
-    assert reason not in machine.started.output
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "reason"),
+    [
+        (["n0", "n1"], ["n0"], "The snapshot holds the state of the nvmove device 'n1', which this VM does not have"),
+        (["n0"], ["n0", "n1"], "The snapshot holds no state of the nvmove device 'n1'"),
+    ],
+)
+def test_a_snapshot_of_other_devices_names_the_one_in_one_line(
+    machine: Machine, tree: Sysroot, work: Path, saved: list[str], here: list[str], reason: str
+) -> None:
+    drive = ["-M", "q35", "-drive", f"if=none,id=d0,file={make_image(tree, work / 'd0.qcow2', '16M')},format=qcow2"]
+    devices = {"n0": ["-device", "nvme,id=n0,serial=S0,drive=d0"], "n1": ["-device", "nvme,id=n1,serial=S1"]}
+
+    def arguments(names: list[str]) -> list[str]:
+        return [*drive, *(word for name in names for word in devices[name])]
+
+    machine.start(arguments(saved))
+    assert machine.qmp.hmp("savevm t1") == ""
+    assert machine.quit() == 0
+    machine.start(arguments(here))
+    assert machine.qmp.hmp("loadvm t1") == f"Error: {reason}\n"
+    assert machine.qmp.status == "restore-vm"
+    _statuses, state, error = job(machine, "snapshot-load", "t1", "j0")
+    assert state == "restore-vm"
+    # Which device that is, QEMU says only on its stderr then.
+    assert error is not None and error.startswith(reason.partition(" of ")[0])
+    assert machine.quit() == 0
+    before = machine.started.output
+    with pytest.raises(GuestError, match="has no monitor"):
+        machine.start([*arguments(here), "-loadvm", "t1"])
+    assert machine.started.wait(60) == 1
+    assert machine.started.output.removeprefix(before) == f"nvmove: {reason}\n"

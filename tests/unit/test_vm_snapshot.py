@@ -35,6 +35,8 @@ class FakeQemu:
         self.answers: dict[str, str] = {}
         self.on_hmp: dict[str, Any] = {}
         self.runstate: RunState | None = None
+        self.refusal = ""
+        self.jobs: list[dict[str, Any]] = [{"id": "j0", "status": "concluded"}]
 
     async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         self.log.append(name)
@@ -52,7 +54,7 @@ class FakeQemu:
             bridge = {"bus": 0, "slot": 1, "function": 0, "qdev_id": "rp0", "pci_bridge": {"devices": [function]}}
             return [{"bus": 0, "devices": [bridge]}]
         if name == "query-jobs":
-            return [{"id": "j0", "status": "concluded"}]
+            return self.jobs
         return {}
 
     async def hmp(self, line: str) -> str:
@@ -120,7 +122,7 @@ def setup(unsaveable: tuple[str, ...] = ()) -> tuple[FakeQemu, FakeDevice, RunSt
     qemu.config[:] = device.pci_config
     runstate = RunState(qemu, [device])
     qemu.runstate = runstate
-    return qemu, device, runstate, Snapshots(qemu, runstate, [device], unsaveable)
+    return qemu, device, runstate, Snapshots(qemu, runstate, [device], unsaveable, qemu)
 
 
 def test_a_function_behind_a_bridge_is_found_by_its_id() -> None:
@@ -272,16 +274,76 @@ def test_a_loadvm_that_failed_half_way_leaves_the_vm_stopped() -> None:
     assert not qemu.running
 
 
-def test_a_state_that_a_device_refused_is_explained_in_one_line() -> None:
+REFUSED = "nvmove/nv0: serial is 'A' here, and was 'B' when saved"
+FAILED = "error while loading state for instance 0x0 of device 'dbus-vmstate/dbus-vmstate': post load hook failed"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said", "why"),
+    [
+        (REFUSED, "", "nvmove device 'nv0': serial is 'A' here, and was 'B' when saved"),
+        (
+            "",
+            "dbus_vmstate_post_load: Failed to find proxy Id 'nvmove/nv1'\r\n",
+            "The snapshot holds the state of the nvmove device 'nv1', which this VM does not have",
+        ),
+        ("", "", "The snapshot holds the state of an nvmove device that this VM does not have"),
+    ],
+)
+def test_a_state_that_could_not_be_loaded_is_explained_in_one_line(refusal: str, said: str, why: str) -> None:
     qemu, device, _, snapshots = setup()
-    qemu.answers["loadvm t1"] = (
-        "dbus_load_state_proxy: Failed to Load: GDBus.Error:org.qemu.VMState1.Refused: nvmove: nvmove/nv0: "
-        "serial is 'A' here, and was 'B' when saved\r\nError: error while loading state\r\n"
-    )
-    qemu.on_hmp["loadvm t1"] = lambda: setattr(device, "resets", 1)
-    with pytest.raises(SnapshotError, match=r"^nvmove device 'nv0': serial is 'A' here, and was 'B' when saved$"):
+
+    def fail() -> None:
+        device.resets = 1
+        qemu.refusal = refusal
+
+    qemu.answers["loadvm t1"] = f"{said}Error: {FAILED}\r\n"
+    qemu.on_hmp["loadvm t1"] = fail
+    with pytest.raises(SnapshotError, match=f"^{re.escape(why)}$"):
         run(snapshots.load("loadvm t1"))
     assert not qemu.running
+
+
+def test_the_reason_of_an_earlier_refusal_explains_nothing_later() -> None:
+    qemu, _, _, snapshots = setup()
+    qemu.refusal = REFUSED
+    qemu.answers["loadvm t1"] = f"Error: {FAILED}\r\n"
+    with pytest.raises(SnapshotError, match="an nvmove device that this VM does not have"):
+        run(snapshots.load("loadvm t1"))
+
+
+def test_a_snapshot_job_that_a_device_refused_says_why_in_query_jobs() -> None:
+    qemu, device, _, snapshots = setup()
+    jobs: list[dict[str, Any]] = [
+        {"id": "j0", "type": "snapshot-load", "error": FAILED},
+        {"id": "j1", "type": "backup"},
+    ]
+    qemu.jobs = jobs
+
+    async def story() -> None:
+        await snapshots.job("snapshot-load", {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())
+        device.resets, qemu.refusal = 1, REFUSED
+        await snapshots.concluded("j0")
+
+    run(story())
+    assert not qemu.running
+    error = "nvmove device 'nv0': serial is 'A' here, and was 'B' when saved"
+    assert snapshots.explain(jobs) == [{**jobs[0], "error": error}, jobs[1]]
+    assert snapshots.explain(jobs[1:]) == jobs[1:]
+    assert snapshots.explain(jobs) == jobs, "the job was dismissed, this one is another"
+
+
+def test_a_snapshot_job_of_a_snapshot_without_our_state_has_failed() -> None:
+    qemu, _, _, snapshots = setup()
+
+    async def story() -> None:
+        await snapshots.job("snapshot-load", {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())
+        await snapshots.concluded("j0")
+
+    run(story())
+    assert not qemu.running
+    (job,) = snapshots.explain([{"id": "j0", "type": "snapshot-load"}])
+    assert job["error"] == "The snapshot holds no state of the nvmove device 'nv0'"
 
 
 def test_a_snapshot_without_our_state_is_refused_and_leaves_the_vm_stopped() -> None:

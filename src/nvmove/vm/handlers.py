@@ -45,9 +45,10 @@ class Handlers:
         facade.hmp_handlers["delvm"] = self._hmp_delvm
         for name in ("snapshot-save", "snapshot-load"):
             facade.handlers[name] = functools.partial(self._snapshot_job, name)
+        facade.handlers["query-jobs"] = self._query_jobs
         facade.handlers["query-block"] = self._query_block
         facade.hmp_handlers["info block"] = self._info_block
-        facade.commands.concurrent |= {"query-block", "info block"}
+        facade.commands.concurrent |= {"query-jobs", "query-block", "info block"}
         facade.on_event("STOP", self._follow)
         facade.on_event("RESUME", self._follow)
         facade.filters.append(self._hold_conclusion)
@@ -98,6 +99,9 @@ class Handlers:
             return await self._snapshots.job(name, arguments, self._own_nodes)
         except (SnapshotError, ReplayError, DmaError) as error:
             raise QmpError("GenericError", str(error)) from None
+
+    async def _query_jobs(self, facade: Facade, arguments: dict[str, Any]) -> Any:
+        return self._snapshots.explain(await facade.execute("query-jobs", arguments or None))
 
     def _hold_conclusion(self, event: Event) -> list[Event]:
         """Clients learn that a snapshot job has concluded when the VM runs again as it promises, not before."""

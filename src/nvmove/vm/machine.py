@@ -190,7 +190,7 @@ class Machine:
         by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
         served = list(by_key.values())
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
-        snapshots = Snapshots(facade, runstate, self._devices, unsaveable)
+        snapshots = Snapshots(facade, runstate, self._devices, unsaveable, bus)
         Handlers(facade, runstate, snapshots, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
         if exports:

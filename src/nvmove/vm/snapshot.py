@@ -7,7 +7,6 @@ load: stop the VM → devices at rest → QEMU's command (reset, then our D-Bus 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,10 +18,10 @@ from nvmove.vm.runstate import Held, Monitor, Paused, RunState
 from nvmove.vmstate.bus import check_size
 from nvmove.vmstate.schema import StateError
 
-log = logging.getLogger(__name__)
-
-_REFUSED = re.compile(r"VMState1\.Refused: nvmove: nvmove/(\S+): ([^\r\n]+)")
-"""Why a device of ours refused its state (vmstate/bus.py), amid what QEMU says about it in three lines of its own."""
+_MISSING = re.compile(r"Failed to find proxy Id 'nvmove/([^']+)'")
+"""QEMU's line about a state for which there is no device here."""
+_VMSTATE = "device 'dbus-vmstate"
+"""What QEMU's message has when the object that carries our states failed; a job's error has nothing more."""
 
 
 class SavedDevice(Replayed, Paused, Protocol):
@@ -42,6 +41,13 @@ class SavedDevice(Replayed, Paused, Protocol):
         """Take QEMU's MSI-X table into the state that `save` writes."""
 
 
+class Refuser(Protocol):
+    """Who hands our states over to QEMU and back (vmstate/bus.py)."""
+
+    refusal: str
+    """Why a state was refused: its Id and the reason; empty when none was."""
+
+
 class HmpMonitor(Monitor, Protocol):
     """QEMU's monitor, HMP included."""
 
@@ -57,13 +63,21 @@ class Snapshots:
     """Saves and loads the VM with its nvmove devices."""
 
     def __init__(
-        self, monitor: HmpMonitor, runstate: RunState, devices: Sequence[SavedDevice], unsaveable: Sequence[str] = ()
+        self,
+        monitor: HmpMonitor,
+        runstate: RunState,
+        devices: Sequence[SavedDevice],
+        unsaveable: Sequence[str],
+        refuser: Refuser,
     ) -> None:
         self._monitor = monitor
         self._runstate = runstate
         self._devices = devices
         self._unsaveable = unsaveable
+        self._refuser = refuser
         self._jobs: dict[str, asyncio.Future[None]] = {}
+        self._errors: dict[str, str] = {}
+        """What `query-jobs` says of jobs that have failed, where it is not what QEMU says."""
 
     def check(self) -> None:
         """Raise SnapshotError, in QEMU's words, when a disk that nvmove serves itself cannot hold snapshots."""
@@ -107,12 +121,27 @@ class Snapshots:
         """
         self.check()
         async with self._runstate.held(for_load=True) as held:
-            mark = self._marks()
+            mark = self._begin_load()
             output = await self._monitor.hmp(line)
             await self._finish_load(held, mark, failed=bool(output.strip()))
-            if refused := _REFUSED.search(output):
-                raise SnapshotError(f"nvmove device '{refused[1]}': {refused[2]}")
+            if why := self._why(output):
+                raise SnapshotError(why)
             return output
+
+    def _why(self, said: str) -> str:
+        """Return in one line why QEMU said that a load has failed, where it is our state that could not be loaded."""
+        if _VMSTATE not in said:
+            return ""
+        if self._refuser.refusal:
+            ident, _, why = self._refuser.refusal.partition(": ")
+            return f"nvmove device '{ident.removeprefix('nvmove/')}': {why}"
+        missing = _MISSING.search(said)
+        which = f"the nvmove device '{missing[1]}', which" if missing else "an nvmove device that"
+        return f"The snapshot holds the state of {which} this VM does not have"
+
+    def _begin_load(self) -> list[tuple[int, int]]:
+        self._refuser.refusal = ""
+        return self._marks()
 
     def _marks(self) -> list[tuple[int, int]]:
         return [(device.resets, device.loads) for device in self._devices]
@@ -146,9 +175,10 @@ class Snapshots:
         held = Held(run_on=False)
         try:
             held.run_on = await self._runstate.hold(for_load=name == "snapshot-load")
-            mark = self._marks()
+            mark = self._begin_load()
             if name == "snapshot-save":
                 await self.before_save()
+            self._errors.pop(str(job_id), None)
             concluded = asyncio.get_running_loop().create_future()
             self._jobs[str(job_id)] = concluded
             answer = await self._monitor.execute(name, arguments)
@@ -166,13 +196,21 @@ class Snapshots:
             await concluded
             if name == "snapshot-load":
                 jobs = await self._monitor.execute("query-jobs")
-                failed = any(job["id"] == job_id and "error" in job for job in jobs)
-                await self._finish_load(held, mark, failed)
+                said = next((str(job["error"]) for job in jobs if job["id"] == job_id and "error" in job), "")
+                if why := self._why(said):
+                    self._errors[job_id] = why
+                await self._finish_load(held, mark, failed=bool(said))
         except (SnapshotError, ReplayError, DmaError) as error:
             held.run_on = False
-            log.error("snapshot-load: %s; the VM stays stopped", error)
+            self._errors[job_id] = str(error)
         finally:
             await self._let_go(held)
+
+    def explain(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return QEMU's answer to `query-jobs`, with our reasons why snapshots did not load."""
+        known = {str(job["id"]) for job in jobs}
+        self._errors = {ident: error for ident, error in self._errors.items() if ident in known}
+        return [{**job, "error": self._errors[job["id"]]} if job["id"] in self._errors else job for job in jobs]
 
     async def _let_go(self, held: Held) -> None:
         try:
