@@ -140,7 +140,7 @@ def test_a_snapshot_of_another_device_says_the_difference_once(
     ("saved", "here", "reason"),
     [
         (["n0", "n1"], ["n0"], "The snapshot holds the state of the nvmove device 'n1', which this VM does not have"),
-        (["n0"], ["n0", "n1"], "The snapshot holds no state of the nvmove device 'n1'"),
+        (["n0"], ["n0", "n1"], "nvme devices are n0, n1 here, and were n0"),
     ],
 )
 def test_a_snapshot_of_other_devices_names_the_one_in_one_line(

@@ -134,7 +134,8 @@ class Snapshots:
             return ""
         if self._refuser.refusal:
             ident, _, why = self._refuser.refusal.partition(": ")
-            return f"nvmove device '{ident.removeprefix('nvmove/')}': {why}"
+            device = ident.removeprefix("nvmove/")
+            return why if device == ident else f"nvmove device '{device}': {why}"
         missing = _MISSING.search(said)
         which = f"the nvmove device '{missing[1]}', which" if missing else "an nvmove device that"
         return f"The snapshot holds the state of {which} this VM does not have"
