@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("nvmove", deadline=None)  # how long an example takes says more of the machine's load
+settings.load_profile("nvmove")
 SYSROOT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nvmove" / "sysroot"
 
 
