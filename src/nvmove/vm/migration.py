@@ -42,6 +42,8 @@ _FAILED = {"cancelling": "failing", "cancelled": "failed"}
 _WAYS_BACK = ("tcp:", "unix:", "vsock:", "rdma:")
 _NO_POSTCOPY = "postcopy is not possible with nvmove's disks"
 _PROGRESS_SECONDS = 0.5
+_ENDING_SECONDS = 3.0
+"""How long a new migration waits for the end of the last one."""
 
 
 class MigratedDevice(Protocol):
@@ -121,8 +123,8 @@ class Migration:
     async def start(self, arguments: dict[str, Any]) -> None:
         """Begin as QMP `migrate` does; raises QmpError, with everything as it was."""
         async with self._facade.exclusive():
-            if self.stage is Stage.ENDING:
-                await self.ended()
+            if self.stage is Stage.ENDING and self._ended is not None:  # a cancel may hang in QEMU, on exec: say
+                await asyncio.wait({self._ended}, timeout=_ENDING_SECONDS)
             if self.stage is not Stage.IDLE:
                 raise QmpError("GenericError", MIGRATING)
             await self._check(arguments)

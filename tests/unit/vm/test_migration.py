@@ -15,6 +15,7 @@ from tests.fake_qemu import FakeQemu, Terminal, facade_on_fake, qmp_terminal
 from nvmove.block.backend import BackendError
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
+from nvmove.vm import migration
 from nvmove.vm.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities
 from nvmove.vm.hmp import HmpSession
 from nvmove.vm.images import Images
@@ -346,6 +347,22 @@ def test_one_migration_at_a_time_and_nothing_else_beside_it() -> None:
         async with bench.runstate.held():
             pass
         await bench.start()
+
+    with_bench(test)
+
+
+def test_a_migration_waits_for_the_end_of_the_last_one_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(migration, "_ENDING_SECONDS", 0.01)
+
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        bench.go("cancelling")
+        await bench.begin(Stage.ENDING)
+        assert await bench.refused("migrate", URI) == "There's a migration process in progress"
+        monkeypatch.setattr(migration, "_ENDING_SECONDS", 20)
+        asyncio.get_running_loop().call_later(0.01, bench.go, "cancelled")
+        await bench.start()
+        assert bench.migration.stage is Stage.RUNNING
 
     with_bench(test)
 
