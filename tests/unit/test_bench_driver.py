@@ -30,7 +30,9 @@ def host(
 ) -> Iterator[HostDriver]:
     """A device with `disk`, served here, and a driver on it."""
     config = ControllerConfig(
-        serial="S1", namespaces=(NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1), **namespace),)
+        serial="S1",
+        mapped_doorbells=kind is DoorbellKind.MAPPED,
+        namespaces=(NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1), **namespace),),
     )
     device = NvmeDevice(config, {"d0": disk}, id="n0")
     try:
@@ -94,6 +96,11 @@ def test_queues_run_side_by_side_on_parts_of_the_disk(tmp_path: Path) -> None:
 def test_shadow_doorbells_save_messages(tmp_path: Path) -> None:
     with host(tmp_path, null(), kind=DoorbellKind.SHADOW) as driver:
         assert driver.run(Job(depth=32, count=5000)).messages < 2500
+
+
+def test_mapped_doorbells_need_no_message(tmp_path: Path) -> None:
+    with host(tmp_path, null(), kind=DoorbellKind.MAPPED, queues=2) as driver:
+        assert driver.run(Job(depth=32, count=5000), (1, 2)).messages == 0
 
 
 def test_doorbells_that_the_device_has_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,13 @@ class DoorbellKind(enum.Enum):
     """Posted writes over the socket, one message for both doorbells of a queue."""
     SHADOW = "shadow"
     """Doorbell Buffer Config: a message only when the device sleeps."""
+    MAPPED = "mapped"
+    """In memory that the device looks at (`x-doorbells=mapped`): never a message."""
+
+    @property
+    def device(self) -> str:
+        """What is to be added to the options of a device that offers it."""
+        return ",x-doorbells=mapped" if self is DoorbellKind.MAPPED else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +103,7 @@ class HostDriver:
     def __init__(self, client: VfioUserClient, memory: int = 256 << 20) -> None:
         self._client = client
         self._ram = client.map_ram(0, memory)
+        self._page = client.map_region(BAR0_REGION)
         self._free = 0
         self._rings: dict[int, Ring] = {}
         self._sq, self._cq = self._take(_ADMIN_ENTRIES * SQE_SIZE), self._take(_ADMIN_ENTRIES * CQE_SIZE)
@@ -196,6 +204,8 @@ class HostDriver:
         """The kinds of doorbells that the device has."""
         oacs = int.from_bytes(self.controller[256:258], "little")
         more = [DoorbellKind.SHADOW] if oacs & OACS_DOORBELL_BUFFER_CONFIG else []
+        if self._page is not None:
+            more.append(DoorbellKind.MAPPED)
         return frozenset([DoorbellKind.MESSAGES, *more])
 
     def make_queues(self, number: int, entries: int = 1024, doorbells: DoorbellKind = DoorbellKind.MESSAGES) -> None:
@@ -216,8 +226,11 @@ class HostDriver:
             self.admin(Admin.CREATE_CQ, prp1=cq, cdw10=(entries - 1) << 16 | qid, cdw11=1)
             self.admin(Admin.CREATE_SQ, prp1=sq, cdw10=(entries - 1) << 16 | qid, cdw11=qid << 16 | 1)
             self._rings[qid] = ring_class(self._ram.view, sq, cq, entries, qid, self._client.fileno())
-            if self.doorbells is DoorbellKind.SHADOW:
-                tail, head = 8 * qid, 8 * qid + 4
+            tail, head = 8 * qid, 8 * qid + 4
+            if self.doorbells is DoorbellKind.MAPPED and self._page is not None:
+                start, page = self._page
+                self._rings[qid].use_cells(page, DOORBELLS - start + tail, DOORBELLS - start + head, None)
+            elif self.doorbells is DoorbellKind.SHADOW:
                 self._rings[qid].use_cells(self._ram.view, shadow + tail, shadow + head, (event + tail, event + head))
         self._data_start = self._free
 

@@ -84,13 +84,16 @@ def measure(settings: Settings) -> Section:
 
 
 def _kinds(settings: Settings, image: _Image) -> list[DoorbellKind]:
-    """Return the kinds of doorbells that the device offers."""
-    with Served(settings.directory, "s-kinds", image.drive) as served:
-        return [kind for kind in DoorbellKind if kind in served.driver.offered]
+    """Return the kinds of doorbells that devices offer."""
+    found = []
+    for kind in DoorbellKind:
+        with Served(settings.directory, "s-kinds", image.drive, kind.device) as served:
+            found += [kind] if kind in served.driver.offered else []
+    return found
 
 
 def _serve(settings: Settings, image: _Image, kind: DoorbellKind, cleanup: contextlib.ExitStack) -> Served:
-    served = Served(settings.directory, f"s-{image.name}-{kind.value}", f"{image.drive}{image.shared}")
+    served = Served(settings.directory, f"s-{image.name}-{kind.value}", f"{image.drive}{image.shared}", kind.device)
     cleanup.callback(served.close)
     served.driver.make_queues(2, doorbells=kind)
     return served
