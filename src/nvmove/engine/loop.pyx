@@ -30,6 +30,14 @@ cdef extern from "ring.h" nogil:
         uint64_t writes
         uint64_t bytes_written
 
+    cdef struct ring_doorbell:
+        uint32_t seen
+        uint32_t told
+        uint32_t late
+        uint32_t untouched
+        uint32_t *cell
+        uint32_t *event
+
     cdef enum ring_state:
         RING_AWAY
         RING_RUNNING
@@ -57,8 +65,8 @@ cdef extern from "ring.h" nogil:
         ring_disk *disks
         uint32_t disk_count
         int64_t spin_ns
-        uint32_t tail
-        uint32_t head
+        ring_doorbell tail
+        ring_doorbell head
         uint32_t sq_head
         uint32_t cq_tail
         uint32_t phase
@@ -90,11 +98,38 @@ GONE = RING_GONE
 ODD = RING_ODD
 
 
+cdef void *address(view) except NULL:
+    """Where a view's memory is; who keeps the view keeps it there."""
+    cdef Py_buffer buffer
+    PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE)
+    PyBuffer_Release(&buffer)
+    return buffer.buf
+
+
+cdef int set_up(ring_doorbell *bell, uint32_t position, lent) except -1:
+    bell.seen = bell.told = position
+    bell.late = bell.untouched = 0
+    bell.cell = bell.event = NULL
+    if lent is None:
+        return 0
+    bell.cell = <uint32_t *>address(lent.cell)
+    if lent.event is not None:
+        bell.event = <uint32_t *>address(lent.event)
+    if lent.untouched is not None:
+        bell.late, bell.untouched = 1, lent.untouched
+    return 0
+
+
+cdef uint32_t position(ring_doorbell *bell):
+    """What the loop goes by, or would if it looked."""
+    return bell.told if bell.cell == NULL or bell.late else bell.seen
+
+
 cdef class Ring:
     """A place for one queue pair, and the loop's thread that runs it."""
 
     cdef c_ring ring
-    cdef object terms  # keeps guest memory where it is
+    cdef object terms  # keeps the views of all that the loop touches
 
     def __cinit__(self, spin_us=0):
         cdef int error = ring_init(&self.ring)
@@ -125,8 +160,9 @@ cdef class Ring:
         ring.page_shift = terms.page_size.bit_length() - 1
         ring.max_transfer = terms.max_transfer
         ring.durable = terms.durable
-        ring.sq_head, ring.tail = terms.sq_head, terms.sq_tail
-        ring.head, ring.cq_tail, ring.phase = terms.cq_head, terms.cq_tail, terms.cq_phase
+        ring.sq_head, ring.cq_tail, ring.phase = terms.sq_head, terms.cq_tail, terms.cq_phase
+        set_up(&ring.tail, terms.sq_tail, terms.tail)
+        set_up(&ring.head, terms.cq_head, terms.head)
         ring.fetched = 0
         ring.counts.reads = ring.counts.bytes_read = ring.counts.writes = ring.counts.bytes_written = 0
         ring.last_region = ring.unsignalled = ring.owed = 0
@@ -135,18 +171,15 @@ cdef class Ring:
         ring.state = RING_RUNNING
 
     cdef _take_memory(self, memory):
-        cdef Py_buffer buffer
         cdef ring_region *regions = <ring_region *>PyMem_Calloc(max(len(memory), 1), sizeof(ring_region))
         if regions == NULL:
             raise MemoryError
         PyMem_Free(self.ring.regions)
         self.ring.regions, self.ring.region_count = regions, 0
         for region in memory:
-            PyObject_GetBuffer(region.view, &buffer, PyBUF_SIMPLE)
-            regions.start, regions.end = region.start, region.start + buffer.len
-            regions.base = <uint8_t *>buffer.buf
+            regions.start, regions.end = region.start, region.start + len(region.view)
+            regions.base = <uint8_t *>address(region.view)
             regions.readable, regions.writable = region.readable, region.writable
-            PyBuffer_Release(&buffer)  # the view, which the terms keep, holds the memory
             regions += 1
             self.ring.region_count += 1
 
@@ -185,12 +218,17 @@ cdef class Ring:
     def positions(self):
         """Return the submission queue's head and tail, the completion queue's head, tail and phase, and the fetched."""
         ring = &self.ring
-        return ring.sq_head, ring.tail, ring.head, ring.cq_tail, ring.phase, ring.fetched
+        return ring.sq_head, position(&ring.tail), position(&ring.head), ring.cq_tail, ring.phase, ring.fetched
 
     def counts(self):
         """Return reads, bytes read, writes and bytes written since `lend`."""
         counts = &self.ring.counts
         return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written
+
+    @property
+    def late(self):
+        """Whether the host has not used the tail's and the head's cell in memory yet."""
+        return bool(self.ring.tail.late), bool(self.ring.head.late)
 
     @property
     def executing(self):

@@ -61,8 +61,6 @@ static uint32_t distance(uint32_t from, uint32_t to, uint32_t size)
 int ring_init(struct ring *ring)
 {
     memset(ring, 0, sizeof *ring);
-    ring->tail_cell = &ring->tail;
-    ring->head_cell = &ring->head;
     ring->interrupt_fd = -1;
     ring->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (ring->wake_fd < 0)
@@ -111,6 +109,7 @@ static void doze(struct ring *ring)
 void ring_kick(struct ring *ring)
 {
     store_strict(ring->kicked, 1);
+    store_strict(ring->rung, 1);
     wake(ring);
 }
 
@@ -138,30 +137,73 @@ int ring_take(struct ring *ring)
 
 /* --- doorbells --------------------------------------------------------------------------------------------------- */
 
-/* Each returns whether the value is possible: the tail passes no entry that was not fetched, the head none posted. */
-
-int ring_set_tail(struct ring *ring, uint32_t tail)
+/* Take a value over that the control thread was told; 0: it steps over more than `room` entries. Where the cell counts
+ * it is a wake-up, and may be older than what the cell has. */
+static int tell(struct ring *ring, struct ring_doorbell *bell, uint32_t value, uint32_t size, uint32_t room)
 {
-    uint32_t size = ring->sq_size, old = load(ring->tail), waiting = distance(load(ring->sq_head), old, size);
-
-    if (tail >= size || distance(old, tail, size) > size - 1 - waiting)
+    if (value >= size)
         return 0;
-    store_strict(ring->tail, tail);
+    if (!bell->cell || load(bell->late)) {
+        if (distance(bell->told, value, size) > room)
+            return 0;
+        store_strict(bell->told, value);
+    }
     store_strict(ring->rung, 1);
     wake(ring);
     return 1;
 }
 
+/* Each returns whether the value is possible: the tail passes no entry that was not fetched, the head none posted. */
+
+int ring_set_tail(struct ring *ring, uint32_t tail)
+{
+    uint32_t size = ring->sq_size, waiting = distance(load(ring->sq_head), ring->tail.told, size);
+
+    return tell(ring, &ring->tail, tail, size, size - 1 - waiting);
+}
+
 int ring_set_head(struct ring *ring, uint32_t head)
 {
-    uint32_t size = ring->cq_size, old = load(ring->head), used = distance(old, load(ring->cq_tail), size);
+    uint32_t size = ring->cq_size;
 
-    if (head >= size || distance(old, head, size) > used)
-        return 0;
-    store_strict(ring->head, head);
-    store_strict(ring->rung, 1);
-    wake(ring);
+    return tell(ring, &ring->head, head, size, distance(ring->head.told, load(ring->cq_tail), size));
+}
+
+/* Look at a doorbell; 0: it has a value that steps over more than `room` entries. */
+static int look(struct ring_doorbell *bell, uint32_t size, uint32_t room)
+{
+    uint32_t value;
+
+    if (bell->cell) {
+        value = load_strict(*bell->cell);
+        if (!bell->late || value != bell->untouched) {
+            store(bell->late, 0);
+            if (value >= size || distance(bell->seen, value, size) > room)
+                return 0;
+            bell->seen = value;
+            return 1;
+        }
+    }
+    bell->seen = load_strict(bell->told);
     return 1;
+}
+
+static int look_at_both(struct ring *ring)
+{
+    uint32_t waiting = distance(ring->sq_head, ring->tail.seen, ring->sq_size);
+
+    return look(&ring->tail, ring->sq_size, ring->sq_size - 1 - waiting) &&
+           look(&ring->head, ring->cq_size, distance(ring->head.seen, ring->cq_tail, ring->cq_size));
+}
+
+/* Let the host ring from its next step on; whether it did one before that took effect, a look must show. */
+static void arm(struct ring *ring)
+{
+    if (ring->tail.event)
+        store_strict(*ring->tail.event, ring->tail.seen);
+    if (ring->head.event)
+        store_strict(*ring->head.event, ring->head.seen);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 /* --- interrupts -------------------------------------------------------------------------------------------------- */
@@ -194,9 +236,8 @@ void ring_mute(struct ring *ring)
 /* How many entries can be fetched: those submitted, up to the ring's end, with room for their completions. */
 static uint32_t available(struct ring *ring)
 {
-    uint32_t tail = load_strict(*ring->tail_cell), head = load_strict(*ring->head_cell);
-    uint32_t count = distance(ring->sq_head, tail, ring->sq_size);
-    uint32_t free = ring->cq_size - 1 - distance(head, ring->cq_tail, ring->cq_size);
+    uint32_t count = distance(ring->sq_head, ring->tail.seen, ring->sq_size);
+    uint32_t free = ring->cq_size - 1 - distance(ring->head.seen, ring->cq_tail, ring->cq_size);
 
     if (count > ring->sq_size - ring->sq_head)
         count = ring->sq_size - ring->sq_head;
@@ -324,11 +365,6 @@ static int run_batch(struct ring *ring, uint32_t count)
 
 /* --- the loop ---------------------------------------------------------------------------------------------------- */
 
-static int has_reason(struct ring *ring)
-{
-    return load_strict(ring->stop) || available(ring);
-}
-
 static void relax(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
@@ -345,7 +381,7 @@ static int spin(struct ring *ring, int64_t since)
         return 0;
     do {
         for (int i = 0; i < 64; i++) {
-            if (has_reason(ring))
+            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring))
                 return 1;
             relax();
         }
@@ -382,6 +418,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         store_strict(ring->rung, 0);
         if (load_strict(ring->stop))
             return RING_REVOKED;
+        if (!look_at_both(ring))
+            return RING_ODD;
         count = available(ring);
         if (count) {
             if (idle_since) {
@@ -401,6 +439,9 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             if (spin(ring, idle_since))
                 continue;
         }
+        arm(ring);
+        if (!look_at_both(ring) || available(ring))
+            continue;
         store_strict(ring->state, RING_ASLEEP);
         if (!may_wait)
             return RING_IDLE;

@@ -34,6 +34,16 @@ struct ring_disk {
     uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
 };
 
+/* Where the values of a doorbell come from: `told`, by the control thread, or a cell in memory that the host writes. */
+struct ring_doorbell {
+    uint32_t seen;     /* the value that the loop goes by */
+    uint32_t told;     /* atomic */
+    uint32_t late;     /* atomic: the host has not used the cell yet, `told` counts */
+    uint32_t untouched; /* what is in the cell until then */
+    uint32_t *cell;    /* or NULL */
+    uint32_t *event;   /* shadow doorbells: the EventIdx; or NULL */
+};
+
 enum ring_state {
     RING_AWAY,    /* not lent, or about to be given back */
     RING_RUNNING, /* the loop runs commands, or looks for some */
@@ -46,7 +56,7 @@ enum ring_reason {
     RING_IDLE,    /* nothing to do, and the caller did not want to wait */
     RING_REVOKED, /* it was asked to: to be given back */
     RING_GONE,    /* it was taken back while asleep */
-    RING_ODD,     /* the command at the head is for Python */
+    RING_ODD,     /* the command at the head is for Python, or a doorbell in memory has a value that cannot be */
 };
 
 /* How much was done since the ring was lent. */
@@ -67,9 +77,7 @@ struct ring {
     uint32_t disk_count;
     int64_t spin_ns; /* the longest busy wait */
 
-    /* doorbells: where the host's values come from */
-    uint32_t *tail_cell, *head_cell;
-    uint32_t tail, head; /* the private cells: what the control thread was told */
+    struct ring_doorbell tail, head;
 
     /* loop; atomic */
     uint32_t sq_head, cq_tail, phase, fetched, executing;

@@ -332,6 +332,10 @@ class Doorbells:
             self._refused[cell] = value
             self._controller.raise_event(EventType.ERROR, EVENT_INVALID_DOORBELL_VALUE, Log.ERROR_INFORMATION)
 
+    def is_refused(self, sq: SubmissionQueue) -> bool:
+        """Whether a doorbell of this queue pair had a value in memory that cannot be. With the lock."""
+        return cell_of(sq) in self._refused or cell_of(sq.cq) in self._refused
+
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def save(self) -> DoorbellsState:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING
 
 from nvmove.block.lend import LendsFile, LentFile
 from nvmove.nvme.activity import Callback
-from nvmove.nvme.queue import SubmissionQueue
+from nvmove.nvme.doorbells import CELL, cell_of
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import (
     Borrower,
     LeaseTerms,
     LendsInterrupts,
     LendsMemory,
     LentDisk,
+    LentDoorbell,
     LentInterrupt,
     LentMemory,
 )
@@ -102,7 +104,7 @@ class Leases:
         return (
             self._controller.runs
             and not self._barred
-            and not self._controller.doorbells.in_memory
+            and not self._controller.doorbells.is_refused(sq)
             and sq.sqid != 0
             and not (sq.held or sq.aborted or sq.in_flight or cq.reserved)
             and cq.sqs == {sq.sqid}
@@ -151,7 +153,18 @@ class Leases:
             durable=not controller.features.volatile_write_cache,
             memory=lease.memory.regions,
             disks=disks,
+            tail=self._doorbell(sq, lease.memory),
+            head=self._doorbell(cq, lease.memory),
         )
+
+    def _doorbell(self, ring: SubmissionQueue | CompletionQueue, memory: LentMemory) -> LentDoorbell | None:
+        """Return where a doorbell is that the host writes in memory; raises _Refused: it is in none that is lent."""
+        doorbells = self._controller.doorbells
+        cell = cell_of(ring)
+        if not doorbells.enabled or cell >= doorbells.cells:
+            return None
+        shadow, event = (_cell(memory, base + CELL * cell) for base in (doorbells.dbs, doorbells.eis))
+        return LentDoorbell(shadow, event, doorbells.late.get(cell))
 
     def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
         sq, cq = lease.sq, lease.sq.cq
@@ -194,6 +207,10 @@ class Leases:
         counts = lease.borrower.counts()
         reads, bytes_read, writes, bytes_written = (now - old for now, old in zip(counts, lease.counted, strict=True))
         lease.counted = counts
+        is_tail_late, is_head_late = lease.borrower.late
+        for cell, is_late in ((cell_of(sq), is_tail_late), (cell_of(cq), is_head_late)):
+            if not is_late:
+                self._controller.doorbells.late.pop(cell, None)
         spare = cq.free  # all slots stay given out, whatever the host consumed
         cq.reserve(spare)
         lease.permits += spare
@@ -255,6 +272,14 @@ class Leases:
             self._barred -= 1
             for sqid in self._controller.sqs:
                 self._controller.engine.kick(sqid)
+
+
+def _cell(memory: LentMemory, address: int) -> memoryview:
+    """Return the view of a doorbell's cell in guest memory; raises _Refused."""
+    for region in memory.regions:
+        if region.start <= address < region.start + len(region.view) and region.readable and region.writable:
+            return region.view[address - region.start :][:CELL]
+    raise _Refused
 
 
 def _unroute(borrower: Borrower) -> None:

@@ -126,6 +126,16 @@ class LentDisk(NamedTuple):
     """Without a file: reads give zeroes, and do not leave memory as it is."""
 
 
+class LentDoorbell(NamedTuple):
+    """A doorbell that the host writes in memory, unseen (nvme/doorbells.py). Each view is of 4 bytes."""
+
+    cell: memoryview
+    event: memoryview | None
+    """Shadow doorbells: the EventIdx."""
+    untouched: int | None
+    """The host has not used the cell yet, this is in it: until that changes, what the control thread is told counts."""
+
+
 class LeaseTerms(NamedTuple):
     """A queue pair as it is lent."""
 
@@ -149,6 +159,10 @@ class LeaseTerms(NamedTuple):
     memory: Sequence[LentRegion]
     disks: dict[int, LentDisk]
     """By namespace id."""
+    tail: LentDoorbell | None = None
+    """Submission queue tail; None: the control thread is told all values, as of the head."""
+    head: LentDoorbell | None = None
+    """Completion queue head."""
 
 
 class Borrower(Protocol):
@@ -179,6 +193,10 @@ class Borrower(Protocol):
 
     def counts(self) -> tuple[int, int, int, int]:
         """Return reads, bytes read, writes and bytes written since `lend`."""
+
+    @property
+    def late(self) -> tuple[bool, bool]:
+        """Whether the host has not used the tail's and the head's cell in memory yet."""
 
     @property
     def executing(self) -> int:
