@@ -1,0 +1,241 @@
+"""The same steps on the plain engine and on the compiled one: the same completions, memory, disk and saved state.
+
+Steps are what a host may do, and what it should not: right and wrong commands on rings of all sizes, with and without
+shadow doorbells, aborts, queues that share a completion queue, unmapped memory, resets, save → new controller → load.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
+
+from tests.nvme_host import Completion, Host  # noqa: E402
+from tests.rings import InlineRings, LentDisk, LentLines, LentRam  # noqa: E402
+
+from nvmove.engine.inline import InlineEngine  # noqa: E402
+from nvmove.nvme.spec import DOORBELLS, FUA, Admin, Nvm  # noqa: E402
+
+DBS, EIS = 0x29_0000, 0x29_1000
+BLOCKS = 64
+LIST, PAGES, LAST_PAGE = 0x10_0000, 0x11_0000, 0x28_0000
+QUEUES = st.integers(1, 3)
+HOLES = [range(0x18_0000, 0x18_2000), range(0x20_0000, 0x20_1000), range(0x10_0000, 0x10_1000)]
+
+
+class Both(Host):
+    """One of the two hosts; shadow doorbells are used as Linux does."""
+
+    ram: LentRam
+    lines: LentLines
+    disk: LentDisk
+
+    def __init__(self, engine: InlineEngine) -> None:
+        disk = LentDisk(BLOCKS * 512)
+        os.pwrite(disk.fd, b"".join(bytes([number]) * 512 for number in range(BLOCKS)), 0)
+        super().__init__(ram=LentRam(), lines=LentLines(), disk=disk, engine=engine)
+        self.shadows = False
+
+    def cell(self, index: int, buffer: int = DBS) -> int:
+        value: int = struct.unpack_from("<I", self.ram.data, buffer + 4 * index)[0]
+        return value
+
+    def bell(self, index: int, value: int) -> None:
+        if self.shadows and index > 1:
+            old, event = self.cell(index), self.cell(index, EIS)
+            struct.pack_into("<I", self.ram.data, DBS + 4 * index, value)
+            if (value - event - 1) & 0xFFFF >= (value - old) & 0xFFFF:
+                return
+        self.set(DOORBELLS + 4 * index, value)
+
+    def ring_sq(self, qid: int) -> None:
+        self.bell(2 * qid, self.rings[qid].tail)
+
+    def ring_cq(self, cqid: int) -> None:
+        self.bell(2 * cqid + 1, self.cqs[cqid].head)
+
+    def data(self) -> bytes:
+        """Guest memory where commands put data."""
+        return bytes(self.ram.data[LIST:DBS])
+
+
+@st.composite
+def commands(draw: st.DrawFn) -> tuple[int, dict[str, int]]:
+    """A command: mostly a read or a write that is right, sometimes one with a mistake or two."""
+    opcode = draw(st.sampled_from([Nvm.READ, Nvm.WRITE]))
+    blocks = draw(st.sampled_from([1, 1, 2, 8, 9, 16, 17, 24, 40, 64]))
+    lba = draw(st.integers(0, BLOCKS - blocks))
+    page = PAGES + 4096 * draw(st.integers(0, 255))
+    offset = draw(st.sampled_from([0, 0, 4, 512, 4092]))
+    pages = -(-(offset + 512 * blocks) // 4096)
+    fields = {
+        "nsid": 1,
+        "prp1": page + offset,
+        "prp2": 0 if pages == 1 else page + 8192 if pages == 2 else draw(st.sampled_from([LIST, LIST + 0xFF0])),
+        "cdw10": lba,
+        "cdw12": blocks - 1,
+    }
+    mistakes: dict[str, list[int]] = {
+        "nsid": [0, 2, 0xFFFF_FFFF],
+        "prp1": [page + 1, 1 << 40],
+        "prp2": [LIST + 4, page + 512, 1 << 41],
+        "cdw10": [BLOCKS - blocks + 1, 0xFFFF_FFFF],
+        "cdw11": [1, 0xFFFF_FFFF],
+        "cdw12": [blocks - 1 | FUA, blocks - 1 | 1 << 31, blocks - 1 | 1 << 26, 0xFFFF],
+        "flags": [1, 0x40],
+    }
+    if not draw(st.integers(0, 4)):
+        opcode = draw(st.sampled_from([opcode, Nvm.FLUSH, Nvm.COMPARE, Nvm.WRITE_ZEROES, 0x7F]))
+        for name in draw(st.lists(st.sampled_from(sorted(mistakes)), max_size=2)):
+            fields[name] = draw(st.sampled_from(mistakes[name]))
+    return opcode, fields
+
+
+class Machine(RuleBasedStateMachine):
+    """Two hosts that do the same."""
+
+    @initialize(sizes=st.lists(st.integers(2, 9), min_size=6, max_size=6), shared=st.booleans())
+    def start(self, sizes: list[int], shared: bool) -> None:
+        self.hosts = [Both(InlineEngine()), Both(InlineRings())]
+        self.sizes, self.shared = sizes, shared
+        self.free: dict[int, int] = {}
+        self.set_up()
+
+    def set_up(self) -> None:
+        for host in self.hosts:
+            host.shadows = False
+            host.enable()
+            for qid in (1, 2, 3):
+                host.create(qid, 2 if self.shared and qid == 3 else None, self.sizes[qid - 1], self.sizes[qid + 2], qid)
+            entries = [page for n in range(32) if (page := PAGES + 8192 * (n % 7) + 4096 * n)]
+            host.ram.data[LIST : LIST + 8 * 32] = struct.pack("<32Q", *entries)
+            host.ram.data[LIST + 0xFF0 : LIST + 0x1000] = struct.pack("<2Q", PAGES + 4096 * 99, LAST_PAGE)
+            host.ram.data[LAST_PAGE : LAST_PAGE + 8 * 32] = struct.pack("<32Q", *reversed(entries))
+        self.free = {qid: self.sizes[qid - 1] - 1 for qid in (1, 2, 3)}
+
+    def both(self, name: str, *arguments: Any, **fields: Any) -> Any:
+        one, other = (getattr(host, name)(*arguments, **fields) for host in self.hosts)
+        return one, other
+
+    # Steps.
+
+    @rule(qid=QUEUES, batch=st.lists(commands(), min_size=1, max_size=8), filling=st.integers(0, 255))
+    def submit(self, qid: int, batch: list[tuple[int, dict[str, int]]], filling: int) -> None:
+        """To one queue, with nothing left to run: there is no order among the commands of several queues."""
+        self.both("drain")
+        for host in self.hosts:  # what a write takes from there
+            host.ram.data[PAGES + 4096 * filling : PAGES + 4096 * filling + 4096] = bytes([filling]) * 4096
+        for opcode, fields in batch:
+            if self.free[qid]:
+                self.free[qid] -= 1
+                self.both("submit", qid, opcode, **fields)
+
+    @rule()
+    def drain(self) -> None:
+        self.both("drain")
+        self.agree()
+
+    @rule(cqid=QUEUES, limit=st.integers(1, 9))
+    def reap(self, cqid: int, limit: int) -> None:
+        self.both("drain")
+        if cqid not in self.hosts[0].cqs:
+            return
+        one, other = (self.told(host.reap(cqid, limit)) for host in self.hosts)
+        assert Counter(one) == Counter(other) if self.shared and cqid == 2 else one == other
+        for _, sqid, _, _, _ in one:
+            self.free[sqid] += 1
+
+    @staticmethod
+    def told(completions: list[Completion]) -> list[tuple[int, int, int, int, bool]]:
+        """All of the completions but the head: how far the queue was fetched at that moment is each engine's own."""
+        return [(c.result, c.sqid, c.cid, c.status, c.dnr) for c in completions]
+
+    @rule(offset=st.integers(2, 8), value=st.integers(0, 20))
+    def doorbell_that_is_wrong(self, offset: int, value: int) -> None:
+        """A head or a tail that cannot be; those that can be are left out, as they would be taken."""
+        if not self.hosts[0].shadows:
+            self.both("set", DOORBELLS + 4 * offset, 100 + value)
+
+    @rule(qid=QUEUES, back=st.integers(0, 5))
+    def abort(self, qid: int, back: int) -> None:
+        host = self.hosts[0]
+        fields = {"cdw10": max(host.cid - back, 0) << 16 | qid}
+        one, other = self.both("admin", Admin.ABORT, **fields)
+        assert one.status == other.status
+        self.drain()
+
+    @precondition(lambda self: not self.hosts[0].shadows)
+    @rule()
+    def use_shadow_doorbells(self) -> None:
+        self.both("drain")
+        one, other = self.both("admin", Admin.DOORBELL_BUFFER_CONFIG, prp1=DBS, prp2=EIS)
+        assert one.status == other.status == 0
+        for host in self.hosts:
+            host.shadows = True
+
+    @rule(hole=st.sampled_from(HOLES), is_mapped=st.booleans())
+    def change_memory(self, hole: range, is_mapped: bool) -> None:
+        self.both("drain")
+        for host in self.hosts:
+            if is_mapped and hole in host.ram.holes:
+                host.ram.holes.remove(hole)
+            elif not is_mapped and hole not in host.ram.holes:
+                host.ram.punch(hole)
+
+    @rule(is_on=st.sampled_from([1, 1, 1, 0]))
+    def write_cache(self, is_on: int) -> None:
+        self.both("admin", Admin.SET_FEATURES, cdw10=6, cdw11=is_on)
+
+    @rule()
+    def reset(self) -> None:
+        self.both("drain")
+        self.both("disable")
+        for host in self.hosts:
+            host.ram.holes.clear()
+        self.set_up()
+
+    @rule()
+    def move(self) -> None:
+        self.both("drain")
+        self.both("move")
+        self.both("drain")
+        self.agree()
+
+    # What must be the same.
+
+    def agree(self) -> None:
+        """With nothing left to run."""
+        plain, compiled = self.hosts
+        if not self.shared:  # a head that moves lets two queues go on at once, in any order
+            assert plain.data() == compiled.data()
+            assert plain.disk.contents == compiled.disk.contents
+        assert set(plain.lines.look()) == set(compiled.lines.look())
+        states = [host.controller.inspect() for host in self.hosts]
+        for state in states:
+            del state["live"]["doorbell_writes"]
+            del state["doorbells"]["late"]  # the loop looks at heads more often
+        if self.shared:
+            assert states[0]["smart"] == states[1]["smart"]
+        else:
+            assert states[0] == states[1]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "hosts"):
+            return
+        for host in self.hosts:
+            assert host.controller.pause(0)
+            assert host.disk.loans == len(host.lines.lent) == 0
+
+
+Machine.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestEnginesAgree = Machine.TestCase
