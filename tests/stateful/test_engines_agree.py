@@ -18,11 +18,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.nvme_host import Completion, Host  # noqa: E402
-from tests.rings import InlineRings, LentDisk, LentLines, LentRam  # noqa: E402
+from tests.nvme_host import Completion, Host
+from tests.rings import InlineRings, LentDisk, LentLines, LentRam
 
-from nvmove.engine.inline import InlineEngine  # noqa: E402
-from nvmove.nvme.spec import DOORBELLS, FUA, Admin, Nvm  # noqa: E402
+from nvmove.engine.inline import InlineEngine
+from nvmove.nvme.spec import DOORBELLS, FUA, Admin, Nvm
 
 DBS, EIS = 0x29_0000, 0x29_1000
 BLOCKS = 64
@@ -70,7 +70,7 @@ class Both(Host):
 @st.composite
 def commands(draw: st.DrawFn) -> tuple[int, dict[str, int]]:
     """A command: mostly a read or a write that is right, sometimes one with a mistake or two."""
-    opcode = draw(st.sampled_from([Nvm.READ, Nvm.WRITE]))
+    opcode: int = draw(st.sampled_from([Nvm.READ, Nvm.WRITE]))
     blocks = draw(st.sampled_from([1, 1, 2, 8, 9, 16, 17, 24, 40, 64]))
     lba = draw(st.integers(0, BLOCKS - blocks))
     page = PAGES + 4096 * draw(st.integers(0, 255))
