@@ -37,6 +37,7 @@ cdef extern from "ring.h" nogil:
         uint32_t untouched
         uint32_t *cell
         uint32_t *event
+        uint32_t always
 
     cdef enum ring_state:
         RING_AWAY
@@ -113,8 +114,8 @@ cdef int set_up(ring_doorbell *bell, uint32_t position, lent) except -1:
     if lent is None:
         return 0
     bell.cell = <uint32_t *>address(lent.cell)
-    if lent.event is not None:
-        bell.event = <uint32_t *>address(lent.event)
+    bell.event = <uint32_t *>address(lent.event)
+    bell.always = lent.always
     if lent.untouched is not None:
         bell.late, bell.untouched = 1, lent.untouched
     return 0

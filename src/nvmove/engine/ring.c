@@ -199,9 +199,11 @@ static int look_at_both(struct ring *ring)
 /* Let the host ring from its next step on; whether it did one before that took effect, a look must show. */
 static void arm(struct ring *ring)
 {
+    uint32_t used = distance(ring->head.seen, ring->cq_tail, ring->cq_size);
+
     if (ring->tail.event)
         store_strict(*ring->tail.event, ring->tail.seen);
-    if (ring->head.event)
+    if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
         store_strict(*ring->head.event, ring->head.seen);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }

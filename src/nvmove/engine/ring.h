@@ -41,7 +41,8 @@ struct ring_doorbell {
     uint32_t late;     /* atomic: the host has not used the cell yet, `told` counts */
     uint32_t untouched; /* what is in the cell until then */
     uint32_t *cell;    /* or NULL */
-    uint32_t *event;   /* shadow doorbells: the EventIdx; or NULL */
+    uint32_t *event;   /* with a cell: where the loop says how far it has looked before it sleeps */
+    uint32_t always;   /* at every sleep; otherwise only when the loop waits for this doorbell */
 };
 
 enum ring_state {

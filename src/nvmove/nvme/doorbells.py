@@ -185,6 +185,12 @@ class Doorbells:
             self.page = page
             self._seen = memoryview(bytearray(page.nbytes)).cast("I")
 
+    def cells_of(self, ring: Ring) -> tuple[memoryview, memoryview]:
+        """Return a queue's cell in the page, and the one for what its worker has looked at."""
+        assert self.page is not None
+        at = slice(cell_of(ring), cell_of(ring) + 1)
+        return self.page[at], self._seen[at]
+
     def created(self, ring: Ring) -> None:
         """A queue is there: what was in its cell before was rung for nothing. With the lock."""
         if self.page is not None:

@@ -161,10 +161,12 @@ class Leases:
         """Return where a doorbell is that the host writes in memory; raises _Refused: it is in none that is lent."""
         doorbells = self._controller.doorbells
         cell = cell_of(ring)
+        if doorbells.page is not None:
+            return LentDoorbell(*doorbells.cells_of(ring), untouched=None, always=True)
         if not doorbells.enabled or cell >= doorbells.cells:
             return None
         shadow, event = (_cell(memory, base + CELL * cell) for base in (doorbells.dbs, doorbells.eis))
-        return LentDoorbell(shadow, event, doorbells.late.get(cell))
+        return LentDoorbell(shadow, event, doorbells.late.get(cell), always=isinstance(ring, SubmissionQueue))
 
     def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
         sq, cq = lease.sq, lease.sq.cq

@@ -130,10 +130,12 @@ class LentDoorbell(NamedTuple):
     """A doorbell that the host writes in memory, unseen (nvme/doorbells.py). Each view is of 4 bytes."""
 
     cell: memoryview
-    event: memoryview | None
-    """Shadow doorbells: the EventIdx."""
+    event: memoryview
+    """Where who goes to sleep says how far it has looked, before it looks once more."""
     untouched: int | None
     """The host has not used the cell yet, this is in it: until that changes, what the control thread is told counts."""
+    always: bool
+    """To be said at every sleep; otherwise only when the loop waits for this doorbell: of a head, for room."""
 
 
 class LeaseTerms(NamedTuple):
