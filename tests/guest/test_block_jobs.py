@@ -133,6 +133,40 @@ def test_a_raw_image_that_is_qemus_can_be_backed_up_while_the_guest_writes(
     assert machine.quit() == 0
 
 
+def test_a_backup_program_reads_the_disk_as_it_was_over_nbd_while_the_guest_writes(
+    machine: Machine, tree: Sysroot, work: Path
+) -> None:
+    image, scratch = (make_image(tree, work / f"{name}.qcow2", "64M") for name in ("d0", "scratch"))
+    machine.boot(["-M", "q35", *disk(image, drive="node-name=n0")])
+    qmp = machine.qmp
+    Fio("first", blocks=2048).run(machine.console)
+    qmp.execute("stop")
+    subprocess.run(
+        [tree.program("qemu-img"), "convert", "-U", "-O", "raw", str(image), str(work / "before.raw")], check=True
+    )
+    file = {"driver": "file", "filename": str(scratch)}
+    qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": "scratch", "file": file, "backing": "n0"})
+    backup = {"job-id": "b", "device": "n0", "target": "scratch", "sync": "none"}
+    qmp.execute("transaction", {"actions": [{"type": "blockdev-backup", "data": backup}]})
+    qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(work / "nbd")}}})
+    qmp.execute("block-export-add", {"type": "nbd", "id": "e", "node-name": "scratch", "name": "backup"})
+    qmp.execute("cont")
+    fio = Fio("v", blocks=2048, rate=400)
+    fio.start(machine.console)
+    wait_writes(machine.console, 2148)
+    uri = f"nbd+unix:///backup?socket={work / 'nbd'}"
+    copy = [tree.program("qemu-img"), "convert", "-f", "raw", "-O", "raw", uri, str(work / "copy.raw")]
+    subprocess.run(copy, check=True, timeout=60)
+    qmp.execute("nbd-server-stop")
+    qmp.execute("block-job-cancel", {"device": "b"})
+    qmp.wait_event("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED")
+    qmp.execute("blockdev-del", {"node-name": "scratch"})
+    assert (work / "copy.raw").read_bytes() == (work / "before.raw").read_bytes()
+    fio.wait(machine.console)
+    assert disk_complaints(machine.console) == []
+    assert machine.quit() == 0
+
+
 def test_commands_about_a_raw_image_of_nvmoves_say_the_way_out(machine: Machine, tree: Sysroot, work: Path) -> None:
     machine.start(["-M", "q35", *disk(make_image(tree, work / "d0.raw", "16M"), drive="node-name=n0")])
     refused = "is an image that nvmove has opened, and QEMU does not know: start with -device nvme,…,image-owner=qemu"

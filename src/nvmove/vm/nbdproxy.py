@@ -183,11 +183,15 @@ class _Connection:
         except (HandshakeError, OSError) as error:
             log.debug("nbd: a client's handshake failed: %s", error)
         finally:
-            with self._lock:
-                self._ended = True
-                self._client.close()
-                self._server.close()
+            self.drop()
             ended()
+
+    def drop(self) -> None:
+        """Close both ends, which nobody waits for any more."""
+        with self._lock:
+            self._ended = True
+            self._client.close()
+            self._server.close()
 
     def _transmit(self) -> None:
         def answers() -> None:
@@ -242,7 +246,13 @@ class NbdProxy:
                 with contextlib.suppress(RuntimeError):  # the loop has ended: nobody counts any more
                     loop.call_soon_threadsafe(self._forget, connection)
 
-            self._connections[connection] = connection.start(ended)
+            try:
+                self._connections[connection] = connection.start(ended)
+            except RuntimeError as error:  # no more threads: this client goes, others may come
+                log.warning("nbd: a client was not served: %s", error)
+                connection.drop()
+                if self._places is not None:
+                    self._places.release()
 
     def _forget(self, connection: _Connection) -> None:
         self._connections.pop(connection, None)

@@ -351,6 +351,28 @@ def test_close_hangs_up_on_every_client_and_leaves_no_socket_and_no_thread(bench
     run(bench.proxy, test)
 
 
+def test_where_no_thread_can_be_had_the_client_is_hung_up_on_and_the_next_one_served(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failures = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def fail_once(thread: threading.Thread) -> None:
+        if thread.name == "nbd-proxy" and failures:
+            raise failures.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+
+    async def test(_proxy: NbdProxy) -> None:
+        first = await asyncio.to_thread(bench.connect, None)
+        assert await asyncio.to_thread(gone, first)
+        first.connection.close()
+        second = await asyncio.to_thread(bench.connect)
+        second.connection.close()
+
+    run(lambda: bench.proxy(max_connections=1), test)
+
+
 def test_a_server_that_is_gone_ends_the_client(bench: Bench) -> None:
     async def test(_proxy: NbdProxy) -> None:
         bench.target.unlink()
