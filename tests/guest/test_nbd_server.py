@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
-from tests.guest.conftest import disk, make_image
+from tests.guest.conftest import assert_nothing_left, disk, make_image
 
 
 def unix(path: Path) -> dict[str, Any]:
@@ -120,6 +122,26 @@ def test_the_guest_writes_on_while_clients_come_and_go(machine: Machine, tree: S
     fio.wait(machine.console)
     assert disk_complaints(machine.console) == []
     assert machine.quit() == 0
+
+
+def test_a_vm_that_ends_hangs_up_on_clients_and_leaves_nothing(machine: Machine, tree: Sysroot, work: Path) -> None:
+    start(machine, tree, work)
+    before = Surroundings.look(machine.directory)
+    machine.qmp.execute("nbd-server-start", unix(work / "s"))
+    machine.qmp.execute("block-export-add", {"type": "nbd", "id": "e0", "node-name": "extra", "writable": True})
+    uri = f"nbd+unix:///extra?socket={work / 's'}"
+    writing = [tree.program("qemu-img"), "bench", "-f", "raw", "-w", "-c", "100000000", "-d", "16", uri]
+    with subprocess.Popen(writing, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as client:
+        try:
+            deadline = time.monotonic() + 60
+            while not (work / "extra.qcow2").stat().st_blocks * 512 > 1 << 20:
+                assert client.poll() is None and time.monotonic() < deadline, "the client does not write"
+                time.sleep(0.05)
+            assert machine.quit() == 0
+            assert client.wait(60) != 0
+        finally:
+            client.kill()
+    assert_nothing_left(machine, before)
 
 
 def test_mistakes_are_one_line_and_change_nothing(machine: Machine, tree: Sysroot, work: Path) -> None:
