@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from nvmove.bench.driver import HostDriver, Job, initiator_class
+from nvmove.bench.driver import DoorbellKind, HostDriver, Job, initiator_class
 from nvmove.bench.inside import inside
 from nvmove.bench.measure import Settings, make_image, median
 from nvmove.bench.report import Plot, Section
-from nvmove.bench.served import Served
+from nvmove.bench.served import Served, doorbells_by_speed
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.null import NullBackend
 from nvmove.block.raw import open_raw
@@ -20,6 +20,8 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1023)
 SIZES = tuple(4096 << shift for shift in range(9))
 QUEUES = (1, 2, 4, 8, 16, 32, 64)
 HELD = (1, 4, 16, 64, 256, 1000)
+_ENTRIES = 1024
+"""Of each queue: so many commands write every page of a completion queue."""
 _SAVES = 9
 """Repetitions of what takes well below a millisecond."""
 _PAUSES = 40
@@ -45,27 +47,31 @@ def measure(settings: Settings) -> Section:
     """Measure; raises InitiatorError."""
     initiator_class()
     section = Section("curves", "How costs grow (host side)", _COLUMNS)
-    with _devices(settings) as drivers:
+    with _devices(settings) as (drivers, kind):
+        section.title += f", doorbells: {kind.value}"
         _by_depth(settings, section, drivers)
         _by_size(settings, section, drivers["tmpfs"])
         _by_queues(settings, section, drivers)
     _save_by_queues(settings, section)
     _save_by_held(settings, section)
+    _mark_by_queues(settings, section)
     _pause_by_depth(settings, section)
     return section
 
 
 @contextlib.contextmanager
-def _devices(settings: Settings) -> Iterator[dict[str, HostDriver]]:
+def _devices(settings: Settings) -> Iterator[tuple[dict[str, HostDriver], DoorbellKind]]:
+    """Devices by the names of their images, with the doorbells that are quickest here."""
     image = make_image(settings.memory / "curves.img", settings.image)
     drives = {"tmpfs": f"file={image},format=raw", "null": f"driver=null-co,size={settings.image}"}
+    best = doorbells_by_speed(settings, drives["tmpfs"])[-1]
     with contextlib.ExitStack() as cleanup:
         drivers = {}
         for name, drive in drives.items():
-            served = cleanup.enter_context(Served(settings.directory, f"c-{name}", drive, memory=_MEMORY))
-            served.driver.make_queues(max(QUEUES))
+            served = cleanup.enter_context(Served(settings.directory, f"c-{name}", drive, best.device, _MEMORY))
+            served.driver.make_queues(max(QUEUES), doorbells=best)
             drivers[name] = served.driver
-        yield drivers
+        yield drivers, best
 
 
 def _rates(settings: Settings, act: Callable[[], tuple[float, float, float]]) -> dict[str, float]:
@@ -92,7 +98,7 @@ def _by_depth(settings: Settings, section: Section, drivers: dict[str, HostDrive
             found = _rates(settings, _run(driver, Job(depth=depth, seconds=settings.seconds)))
             section.rows.append({"curve": "reads by depth", "image": name, "x": depth, **found})
             curves.setdefault(name, []).append((depth, found["iops"]))
-    title = "Reads of 4 KiB, one queue, doorbells by message"
+    title = "Reads of 4 KiB, one queue"
     section.plots.append(Plot("depth", title, "queue depth", "IOPS", curves, log_y=True))
 
 
@@ -160,6 +166,28 @@ def _save_by_held(settings: Settings, section: Section) -> None:
     section.plots.append(
         Plot("state-held", "Size of the device's state", "held requests", "bytes", {"state": sizes}, log_x=False)
     )
+
+
+def _mark_by_queues(settings: Settings, section: Section) -> None:
+    """What is left to mark dirty at the switch-over of a migration: mostly the pages of completion queues."""
+    curve = []
+    for queues in QUEUES:
+        settings.tell(f"dirty marking with {queues} queues")
+        with inside(settings.directory / "c-mark", _null(settings), queues) as here:
+            times = []
+            for _ in range(settings.rounds):
+                here.device.track_dirty(True)
+                here.driver.run(Job(depth=32, count=_ENTRIES, read_percent=0, seconds=600), range(1, queues + 1))
+                here.device.pause()
+                report = here.device.mark_dirty()
+                here.device.track_dirty(False)
+                here.device.resume()
+                times.append(report.seconds * 1000)
+        row = {"curve": "dirty marking by pages", "x": report.pages, "ms": median(times), "bytes": report.bytes}
+        section.rows.append(row)
+        curve.append((float(report.pages), median(times)))
+    title = "Dirty marking at the switch-over (our own client answers)"
+    section.plots.append(Plot("marking", title, "pages", "ms", {"mark_dirty": curve}, log_x=False))
 
 
 def _save(save: Callable[[], bytes]) -> tuple[float, int]:

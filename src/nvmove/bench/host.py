@@ -14,7 +14,7 @@ from nvmove.bench.driver import DoorbellKind, Job, initiator_class
 from nvmove.bench.measure import Settings, has_direct, make_image, median
 from nvmove.bench.report import Section
 from nvmove.bench.results import Run
-from nvmove.bench.served import Served
+from nvmove.bench.served import Served, doorbells_by_speed
 
 DEPTHS = (1, 32, 128)
 _RW = {"read": 100, "write": 0}
@@ -55,16 +55,16 @@ def measure(settings: Settings) -> Section:
     with contextlib.ExitStack() as cleanup:
         plan: dict[tuple[str, ...], _Measurement] = {}
         images = _images(settings, section)
-        kinds = {kind: _serve(settings, images[0], kind, cleanup) for kind in _kinds(settings, images[0])}
-        best = max(kinds, key=lambda kind: _trial(settings, kind, kinds[kind]))
-        for kind, served in kinds.items():
-            if kind is not best:
-                for depth in DEPTHS:
-                    plan["nvmove", images[0].name, kind.value, "read", "1", str(depth)] = _ours(
-                        served, settings, "read", depth
-                    )
+        kinds = doorbells_by_speed(settings, images[0].drive)
+        best = kinds[-1]
+        for kind in kinds[:-1]:
+            served = _serve(settings, images[0], kind, cleanup)
+            for depth in DEPTHS:
+                plan["nvmove", images[0].name, kind.value, "read", "1", f"{depth}"] = _ours(
+                    served, settings, "read", depth
+                )
         for image in images:
-            served = kinds[best] if image is images[0] else _serve(settings, image, best, cleanup)
+            served = _serve(settings, image, best, cleanup)
             for rw in _RW:
                 if image.path is not None:
                     _plan_fio(plan, settings, image, rw)
@@ -83,25 +83,11 @@ def measure(settings: Settings) -> Section:
     return section
 
 
-def _kinds(settings: Settings, image: _Image) -> list[DoorbellKind]:
-    """Return the kinds of doorbells that devices offer."""
-    found = []
-    for kind in DoorbellKind:
-        with Served(settings.directory, "s-kinds", image.drive, kind.device) as served:
-            found += [kind] if kind in served.driver.offered else []
-    return found
-
-
 def _serve(settings: Settings, image: _Image, kind: DoorbellKind, cleanup: contextlib.ExitStack) -> Served:
     served = Served(settings.directory, f"s-{image.name}-{kind.value}", f"{image.drive}{image.shared}", kind.device)
     cleanup.callback(served.close)
     served.driver.make_queues(2, doorbells=kind)
     return served
-
-
-def _trial(settings: Settings, kind: DoorbellKind, served: Served) -> float:
-    settings.tell(f"which doorbells are best: {kind.value}")
-    return served.driver.run(Job(depth=32, seconds=min(0.3, settings.seconds))).iops
 
 
 def _images(settings: Settings, section: Section) -> list[_Image]:

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from nvmove.bench.driver import HostDriver, InitiatorError
-from nvmove.bench.measure import marked_cpu_seconds
+from nvmove.bench.driver import DoorbellKind, HostDriver, InitiatorError, Job
+from nvmove.bench.measure import Settings, marked_cpu_seconds
 from nvmove.lab.machine import nvmove_command
 from nvmove.lab.processes import Marked
 
@@ -61,3 +61,15 @@ class Served:
         """Hang up and end the process."""
         self.driver.close()
         self._process.kill_all()
+
+
+def doorbells_by_speed(settings: Settings, drive: str) -> list[DoorbellKind]:
+    """Return the kinds of doorbells that devices offer, the quickest at depth 32 last; raises InitiatorError."""
+    found = {}
+    for kind in DoorbellKind:
+        settings.tell(f"which doorbells are quickest: {kind.value}")
+        with Served(settings.directory, "s-kind", drive, kind.device) as served:
+            if kind in served.driver.offered:
+                served.driver.make_queues(1, doorbells=kind)
+                found[kind] = served.driver.run(Job(depth=32, seconds=min(0.5, settings.seconds))).iops
+    return sorted(found, key=lambda kind: found[kind])
