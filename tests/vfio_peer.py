@@ -12,6 +12,7 @@ from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
 from nvmove.pci.interrupts import InterruptLines
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, REGION_COUNT, Client, IrqAction, RegionInfo
+from nvmove.vfio.dirty import DirtyLog, DirtyTracking
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
 from nvmove.vfio.transport import Connection
@@ -86,6 +87,7 @@ class MovedState:
 
     def __init__(self, state: bytes = b"the state") -> None:
         self.state = state
+        self.dirty: DirtyTracking | None = None
         self.calls: list[str] = []
         self.may_pause = threading.Event()
         self.may_pause.set()
@@ -108,6 +110,12 @@ class MovedState:
         self.calls.append("load")
         if data != self.state:
             raise StateError("not ours")
+
+    def log_dirty(self, log: DirtyLog | None) -> None:
+        if self.dirty is not None and log is not None:
+            self.dirty.start_log(log)
+        elif self.dirty is not None:
+            self.dirty.stop_log()
 
 
 @contextmanager

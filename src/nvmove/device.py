@@ -10,6 +10,7 @@ apart (`pci_config`, `msix_table`), untouched by what QEMU writes meanwhile, unt
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -42,7 +43,7 @@ from nvmove.vfio.device import (
     MappableArea,
     RegionInfo,
 )
-from nvmove.vfio.dirty import DirtyReport
+from nvmove.vfio.dirty import DirtyLog, DirtyReport
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
 from nvmove.vfio.page import SharedPages
@@ -89,7 +90,7 @@ class NvmeDevice:
         self.controller = Controller(
             config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error
         )
-        self._migration = Migration(self, self._memory.dirty) if client_migrates else None
+        self._migration = Migration(self) if client_migrates else None
         self._client: Client | None = None
         self._server: Server | None = None
         # Guards what both sides touch: configuration space and the loaded PCI state.
@@ -207,6 +208,14 @@ class NvmeDevice:
             else:
                 self._memory.dirty.stop_marking()
 
+    def log_dirty(self, log: DirtyLog | None) -> None:
+        """Log from now on what the device writes to guest memory, or no more; the device may run."""
+        with self.controller.leases.suspended():
+            if log is None:
+                self._memory.dirty.stop_log()
+            else:
+                self._memory.dirty.start_log(log)
+
     def mark_dirty(self) -> DirtyReport:
         """Mark what could not be marked while the guest ran; the device is paused and the VM stopped. Waits.
 
@@ -307,9 +316,10 @@ class NvmeDevice:
         self._client = self._memory.client = None
         if self._doorbells is not None:  # the old client may have kept its mapping
             done = self._with_new_doorbells(done)
-        self._memory.dirty.stop_log()
         self._lines.disconnect()
-        self._reset(lambda: self._memory.unmap_all(lambda _errno: self._end_migration(done)))
+        if self._migration is not None:
+            done = functools.partial(self._migration.end, done)
+        self._reset(lambda: self._memory.unmap_all(lambda _errno: done()))
 
     def _with_new_doorbells(self, done: Callable[[], None]) -> Callable[[], None]:
         def shared() -> None:
@@ -365,13 +375,7 @@ class NvmeDevice:
         Unless the client has paused it: this is how it gets a migration out of its ERROR state.
         """
         self.resets += 1
-        self._reset(lambda: self._end_migration(done))
-
-    def _end_migration(self, done: Callable[[], None]) -> None:
-        if self._migration is None:
-            done()
-        else:
-            self._migration.reset(done)
+        self._reset(done if self._migration is None else functools.partial(self._migration.reset, done))
 
     def _write_config(self, offset: int, data: bytes) -> None:
         with self._lock:

@@ -122,7 +122,7 @@ def test_hostile_messages_end_in_an_error_or_a_closed_connection(
 ) -> None:
     before = len(os.listdir("/proc/self/fd"))
     device = PlainDevice()
-    device.migration = Migration(MovedState(b""), device.memory.dirty)
+    device.migration = Migration(MovedState(b""))
     defects = Defects()
     logging.getLogger("nvmove").addHandler(defects)
     fd = os.memfd_create("x")

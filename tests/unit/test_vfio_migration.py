@@ -14,7 +14,7 @@ from tests.vfio_peer import MovedState, PlainDevice, connected
 
 from nvmove.vfio import features
 from nvmove.vfio.client import ClientError, VfioUserClient
-from nvmove.vfio.dirty import PAGE, DirtyLog, DirtyTracking, bitmap_size
+from nvmove.vfio.dirty import PAGE, DirtyLog, bitmap_size
 from nvmove.vfio.features import GET, SET, Feature
 from nvmove.vfio.message import Command, RequestError
 from nvmove.vfio.migration import MAX_STATE, Migration, State, path
@@ -30,7 +30,8 @@ def migrated(
     """A device that the client may migrate."""
     fake = fake or MovedState()
     device = PlainDevice()
-    migration = Migration(fake, device.memory.dirty)
+    fake.dirty = device.memory.dirty
+    migration = Migration(fake)
     device.migration = migration
     try:
         with connected(device) as client:
@@ -142,7 +143,7 @@ def test_a_save_that_fails_is_an_error() -> None:
 def test_a_reset_leads_to_running_from_everywhere() -> None:
     for state in STATES:
         fake = MovedState()
-        migration = Migration(fake, DirtyTracking())
+        migration = Migration(fake)
         reached, done = list[int](), threading.Event()
         migration.set_state(state, reached.append)
         migration.reset(done.set)
@@ -166,7 +167,7 @@ def test_the_stream_is_there_in_its_states_only(state: State) -> None:
 
 def test_a_state_has_a_largest_size() -> None:
     fake = MovedState()
-    migration = Migration(fake, DirtyTracking())
+    migration = Migration(fake)
     done = threading.Event()
     migration.set_state(State.RESUMING, lambda _errno: done.set())
     assert done.wait(5)

@@ -42,18 +42,12 @@ class Feature(enum.IntEnum):
     DMA_LOGGING_REPORT = 8
 
 
-METHODS = {
-    Feature.MIGRATION: GET,
-    Feature.MIG_DEVICE_STATE: GET | SET,
-    Feature.DMA_LOGGING_START: SET,
-    Feature.DMA_LOGGING_STOP: SET,
-    Feature.DMA_LOGGING_REPORT: GET,
-}
-"""What can be done with each feature."""
+def device_feature(
+    migration: Migration | None, payload: memoryview, later: Callable[[bytes], Callable[[int], None]]
+) -> bytes | None:
+    """Do a DEVICE_FEATURE; return the reply, or None: `later(reply)` returns what is called with its errno, 0 for none.
 
-
-def device_feature(migration: Migration | None, payload: memoryview, done: Callable[[int], None]) -> bytes | None:
-    """Do a DEVICE_FEATURE; return the reply, or None: `done(errno)` answers later. Raises RequestError.
+    Raises RequestError.
 
     A feature that is not there is ENOTTY, a method that it does not have EINVAL, as with VFIO.
     """
@@ -61,29 +55,34 @@ def device_feature(migration: Migration | None, payload: memoryview, done: Calla
     number, methods = flags & _FEATURE_MASK, flags & (GET | SET)
     if flags & ~(_FEATURE_MASK | GET | SET | PROBE) or argsz < FEATURE_HEADER_SIZE:
         raise RequestError(errno.EINVAL, f"DEVICE_FEATURE flags {flags:#x}, argsz {argsz}")
-    if migration is None or number not in METHODS:
+    if migration is None or number not in set(Feature):
         raise RequestError(errno.ENOTTY, f"DEVICE_FEATURE {number} is not supported")
     feature = Feature(number)
-    if methods & ~METHODS[feature] or (not flags & PROBE and methods not in {GET, SET}):
+    supported = GET * (feature in _GET) | SET * (feature in _SET)
+    if methods & ~supported or (not flags & PROBE and methods not in {GET, SET}):
         raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {feature.name}, flags {flags:#x}")
     if flags & PROBE:
         return bytes(payload)
     data = payload[FEATURE_HEADER_SIZE:]
-    if feature is Feature.MIG_DEVICE_STATE and methods == SET:
-        migration.set_state(_state(data), done)
+    if methods == SET:
+        _SET[feature](migration, data, lambda reply: later(feature_payload(feature, SET, reply)))
         return None
-    reply = _DO[feature](migration, data)
+    reply = _GET[feature](migration, data)
     size = FEATURE_HEADER_SIZE + len(reply)
-    if methods == GET and argsz < size:
+    if argsz < size:
         raise RequestError(errno.EINVAL, f"DEVICE_FEATURE {feature.name}: argsz {argsz}, the reply has {size} bytes")
-    return feature_payload(feature, methods, reply)
+    return feature_payload(feature, GET, reply)
 
 
-def _state(data: memoryview) -> State:
+Later = Callable[[bytes], Callable[[int], None]]
+"""From a reply's data to what answers with it."""
+
+
+def _set_state(migration: Migration, data: memoryview, later: Later) -> None:
     state, _fd = _unpack(_DEVICE_STATE, data)
     if state not in set(State) - {State.ERROR}:
         raise RequestError(errno.EINVAL, f"MIG_DEVICE_STATE {state}")
-    return State(state)
+    migration.set_state(State(state), later(bytes(data)))
 
 
 def _migration(migration: Migration, data: memoryview) -> bytes:
@@ -94,21 +93,17 @@ def _get_state(migration: Migration, data: memoryview) -> bytes:
     return state_payload(migration.get_state())
 
 
-def _log_start(migration: Migration, data: memoryview) -> bytes:
+def _log_start(migration: Migration, data: memoryview, later: Later) -> None:
     page_size, count, reserved = _unpack(_LOG_START, data)
     ranges = data[_LOG_START.size :]
     if not _is_power_of_two(page_size) or reserved or len(ranges) != count * _LOG_RANGE.size:
         raise RequestError(errno.EINVAL, f"DMA_LOGGING_START: page size {page_size}, {count} ranges")
     logged = [_range(start, length) for start, length in _LOG_RANGE.iter_unpack(ranges)]
-    if migration.dirty.log is not None:
-        raise RequestError(errno.EINVAL, "DMA_LOGGING_START: it is started already")
-    migration.dirty.start_log(DirtyLog(logged))
-    return _LOG_START.pack(PAGE, count, 0) + bytes(ranges)
+    migration.start_log(DirtyLog(logged), later(_LOG_START.pack(PAGE, count, 0) + bytes(ranges)))
 
 
-def _log_stop(migration: Migration, data: memoryview) -> bytes:
-    migration.dirty.stop_log()
-    return bytes(data)
+def _log_stop(migration: Migration, data: memoryview, later: Later) -> None:
+    migration.stop_log(later(bytes(data)))
 
 
 def _log_report(migration: Migration, data: memoryview) -> bytes:
@@ -116,17 +111,21 @@ def _log_report(migration: Migration, data: memoryview) -> bytes:
     if not _is_power_of_two(page_size) or start % page_size or bitmap_size(length, page_size) > MAX_DATA_XFER_SIZE:
         raise RequestError(errno.EINVAL, f"DMA_LOGGING_REPORT of {length:#x} at {start:#x}, page size {page_size}")
     _range(start, length)
-    if migration.dirty.log is None:
+    log = migration.dirty_log
+    if log is None:
         raise RequestError(errno.EINVAL, "DMA_LOGGING_REPORT: it is not started")
-    return _LOG_REPORT.pack(start, length, page_size) + migration.dirty.log.report(start, length, page_size)
+    return _LOG_REPORT.pack(start, length, page_size) + log.report(start, length, page_size)
 
 
-_DO: dict[Feature, Callable[[Migration, memoryview], bytes]] = {
+_GET: dict[Feature, Callable[[Migration, memoryview], bytes]] = {
     Feature.MIGRATION: _migration,
     Feature.MIG_DEVICE_STATE: _get_state,
+    Feature.DMA_LOGGING_REPORT: _log_report,
+}
+_SET: dict[Feature, Callable[[Migration, memoryview, Later], None]] = {
+    Feature.MIG_DEVICE_STATE: _set_state,
     Feature.DMA_LOGGING_START: _log_start,
     Feature.DMA_LOGGING_STOP: _log_stop,
-    Feature.DMA_LOGGING_REPORT: _log_report,
 }
 
 

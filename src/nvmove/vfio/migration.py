@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from nvmove.vfio.dirty import DirtyTracking
+from nvmove.vfio.dirty import DirtyLog
 from nvmove.vfio.message import RequestError
 from nvmove.vmstate.schema import StateError
 
@@ -66,17 +66,21 @@ class Migrated(Protocol):
     def load(self, data: bytes) -> None:
         """Take a state over; raise `nvmove.vmstate.schema.StateError`, with nothing touched, when it cannot."""
 
+    def log_dirty(self, log: DirtyLog | None) -> None:
+        """Log from now on what the device writes to guest memory; None: no more."""
+
 
 class Migration:
     """One device's state machine, for one client after the other.
 
-    `get_state`, `set_state`, `read`, `write` and `reset` are for the control thread and never wait: what takes long
-    runs on a thread of its own, in the order it was asked for.
+    Its methods are for the control thread and never wait: what takes long runs on a thread of its own, in the order it
+    was asked for.
     """
 
-    def __init__(self, device: Migrated, dirty: DirtyTracking) -> None:
+    def __init__(self, device: Migrated) -> None:
         self._device = device
-        self.dirty = dirty
+        self.dirty_log: DirtyLog | None = None
+        """What is logged for the client."""
         self._lock = threading.Lock()
         self._state = State.RUNNING
         self._stopped = False
@@ -111,14 +115,44 @@ class Migration:
                 raise RequestError(errno.EFBIG, f"a device state of more than {MAX_STATE} bytes")
             self._stream += data
 
+    def start_log(self, dirty_log: DirtyLog, done: Callable[[int], None]) -> None:
+        """Log what the device writes; `done(errno)` when all from then on will be in it."""
+
+        def run() -> None:
+            if self.dirty_log is not None:
+                log.warning("DMA_LOGGING_START: it is started already")
+                done(errno.EINVAL)
+                return
+            self._device.log_dirty(dirty_log)
+            self.dirty_log = dirty_log
+            done(0)
+
+        self._jobs.add(run)
+
+    def stop_log(self, done: Callable[[int], None]) -> None:
+        """Log no more, if it was logged; `done(0)` then."""
+
+        def run() -> None:
+            self._stop_log()
+            done(0)
+
+        self._jobs.add(run)
+
     def reset(self, done: Callable[[], None]) -> None:
         """The device was reset: go to RUNNING, whatever was. From any thread; `done` on another."""
 
         def run() -> None:
-            self._drop_stream()
-            if self._stopped:
-                self._resume()
-            self._reached(State.RUNNING)
+            self._run_again()
+            done()
+
+        self._jobs.add(run)
+
+    def end(self, done: Callable[[], None]) -> None:
+        """The client is gone: as after a reset, and nothing is logged. From any thread; `done` on another."""
+
+        def run() -> None:
+            self._stop_log()
+            self._run_again()
             done()
 
         self._jobs.add(run)
@@ -152,6 +186,17 @@ class Migration:
     def _reached(self, state: State) -> None:
         with self._lock:
             self._state = state
+
+    def _run_again(self) -> None:
+        self._drop_stream()
+        if self._stopped:
+            self._resume()
+        self._reached(State.RUNNING)
+
+    def _stop_log(self) -> None:
+        if self.dirty_log is not None:
+            self._device.log_dirty(None)
+            self.dirty_log = None
 
     def _pause(self) -> None:
         self._stopped = True

@@ -233,7 +233,7 @@ class Session:
     # The protocol's own migration (vfio/features.py).
 
     def _device_feature(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
-        return features.device_feature(self._device.migration, payload, self._later(header, bytes(payload)))
+        return features.device_feature(self._device.migration, payload, lambda reply: self._later(header, reply))
 
     def _migration_read(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         return features.migration_read(self._device.migration, payload)
