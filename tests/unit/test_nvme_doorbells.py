@@ -401,3 +401,20 @@ def test_register_writes_are_counted() -> None:
     host.set(DOORBELLS + 8, 0)
     assert host.controller.inspect()["live"]["doorbell_writes"] == before + 1
     assert host.get(Register.CSTS) & 1
+
+
+def test_a_host_that_has_freed_a_whole_round_is_seen_though_its_shadow_is_as_it_was() -> None:
+    host = ready(sq_size=8, cq_size=8)
+    done = list[int]()
+
+    def consume() -> None:
+        found = host.reap(1)
+        done.extend(completion.cid for completion in found)
+        if not found:
+            meanwhile(host, consume)
+
+    for n in range(40):
+        meanwhile(host, consume)  # sooner than the worker looks for the next command
+        host.submit(1, Nvm.FLUSH, nsid=1)
+        host.drain()
+        assert len(done) == n + 1

@@ -275,10 +275,11 @@ class Doorbells:
             sq = controller.sqs.get(sqid)
             if sq is None or not self.in_memory or not controller.runs:
                 return None
-            # Of a completion queue's head nothing depends but room, and with INTx the level of the pin.
+            # Of a completion queue's head nothing depends but room, and with INTx the level of the pin. A late one is
+            # looked at each time: after a whole round its cell is as it was before the host used it.
             watches_pin = not controller.interrupts.msix_enabled
             rings: list[Ring] = [sq]
-            if watches_pin or sq.cq.free <= 0:
+            if watches_pin or sq.cq.free <= 0 or cell_of(sq.cq) in self.late:
                 rings.append(sq.cq)
             if sqid == 0 and watches_pin:
                 rings += [cq for cq in controller.cqs.values() if not cq.sqs]
