@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -21,6 +22,14 @@
 
 /* Completions of quick commands are announced together, but none waits longer for that. */
 #define SIGNAL_AFTER_NS 30000
+
+/* After so many busy waits in vain, one of so many is tried. */
+#define SPIN_MISSES 4
+#define SPIN_SELDOM 8
+/* A long busy wait leaves the processor to others, if there are any. */
+#define SPIN_ALONE_NS 20000
+/* The longest one where somebody else looks for the loop at intervals only. */
+#define SPIN_PAGE_NS 300000
 
 #define load(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
 #define store(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
@@ -376,18 +385,29 @@ static void relax(void)
 #endif
 }
 
-/* Look for work for a while; return whether there is some. */
-static int spin(struct ring *ring, int64_t since)
+/* Look for work for a while; return whether there is some. Where that is in vain it is tried seldom: how soon the next
+ * command would have come cannot be known from a sleep, which itself takes long to end. */
+static int spin(struct ring *ring)
 {
-    if (!ring->spin_now)
+    int is_page = ring->tail.cell && ring->head.always; /* nobody wakes the loop soon there: it is always worth it */
+    int64_t since, waited = 0;
+
+    if (!ring->spin_ns || (!is_page && ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM))
         return 0;
+    since = now_ns();
     do {
+        if (waited > SPIN_ALONE_NS)
+            sched_yield();
         for (int i = 0; i < 64; i++) {
-            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring))
+            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring)) {
+                ring->misses = 0;
                 return 1;
+            }
             relax();
         }
-    } while (now_ns() - since < ring->spin_now);
+        waited = now_ns() - since;
+    } while (waited < (is_page ? SPIN_PAGE_NS : ring->spin_ns));
+    ring->misses++;
     return 0;
 }
 
@@ -408,7 +428,7 @@ static int sleep_well(struct ring *ring)
 enum ring_reason ring_run(struct ring *ring, int may_wait)
 {
     uint32_t asleep = RING_ASLEEP;
-    int64_t idle_since = 0;
+    int was_busy = 0;
 
     __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     if (load_strict(ring->state) != RING_RUNNING)
@@ -424,23 +444,16 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             return RING_ODD;
         count = available(ring);
         if (count) {
-            if (idle_since) {
-                /* Spin next time if that would have met this command. */
-                ring->spin_now = now_ns() - idle_since < ring->spin_ns ? ring->spin_ns : 0;
-                idle_since = 0;
-            }
+            was_busy = 1;
             go_on = run_batch(ring, count);
             announce(ring);
             if (!go_on)
                 return RING_ODD;
             continue;
         }
-        if (may_wait) {
-            if (!idle_since)
-                idle_since = now_ns();
-            if (spin(ring, idle_since))
-                continue;
-        }
+        if (may_wait && was_busy && spin(ring))
+            continue;
+        was_busy = 0;
         arm(ring);
         if (!look_at_both(ring) || available(ring))
             continue;

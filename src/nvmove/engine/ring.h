@@ -86,7 +86,8 @@ struct ring {
     uint32_t last_region;
     uint32_t unsignalled; /* completions that the host was not told of */
     int64_t unsignalled_since;
-    int64_t spin_now;
+    uint32_t misses; /* busy waits in a row that met no command */
+    uint32_t idles;
 
     /* between threads */
     uint32_t state, stop, rung, kicked, dozing, woken;
