@@ -12,7 +12,7 @@ from nvmove.engine.plain import PlainEngine, Worker
 from nvmove.nvme.seams import Lender
 
 SPIN_US = 50
-"""The longest busy wait for the next command. Where it is in vain it is tried seldom; never without a command before."""
+"""The longest busy wait for the next command; seldom where it was in vain, never without a command before."""
 MANY = 16
 """Commands that Python runs before the loop is tried again, where the loop got nowhere."""
 
