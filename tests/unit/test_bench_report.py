@@ -59,6 +59,9 @@ def section() -> Section:
     made.ratio("less is better", 3, 2, 1.2, at_most=True)
     made.ratio("no goal", 1, 2)
     made.ratio("nothing to compare with", 1, 0, 5)
+    made.ratio_of_rounds("of rounds", [1, 2, 9], [2, 4, 3], 0.5)
+    made.ratio_of_rounds("of rounds, the least", [1, 2, 9], [2, 4, 3], 0.5, at_most=True)
+    made.ratio_of_rounds("not measured", [], [1])
     made.notes.append("a note")
     return made
 
@@ -68,7 +71,10 @@ def test_a_ratio_knows_its_goal() -> None:
         ("more is better", 1.5, True),
         ("less is better", 1.5, False),
         ("no goal", 0.5, None),
+        ("of rounds", 2 / 3, True),
+        ("of rounds, the least", 2 / 3, False),
     ]
+    assert [one.best for one in section().ratios] == [None, None, None, 2.25, 0.5]
 
 
 def test_tables_show_what_was_found() -> None:
@@ -88,6 +94,7 @@ def test_json_has_all_of_it() -> None:
     assert found["sections"]["x"]["ratios"][1] == {
         "name": "less is better",
         "value": 1.5,
+        "best": None,
         "goal": 1.2,
         "at_most": True,
         "held": False,

@@ -54,9 +54,9 @@ def measure(settings: Settings) -> Section:
     for name, rounds in found.items():
         medians[name] = {key: median([one[key] for one in rounds]) for key in rounds[0]}
         section.rows.append({"what": name} | medians[name] | {"rounds": rounds})
-    ours, theirs = medians["nvmove"], medians["qemu"]
-    section.ratio("downtime / QEMU's nvme", ours["downtime_ms"], theirs["downtime_ms"], _GOAL, at_most=True)
-    section.ratio("outage / QEMU's nvme", ours["outage_ms"], theirs["outage_ms"], _GOAL, at_most=True)
+    for key, what in (("downtime_ms", "downtime"), ("outage_ms", "outage")):
+        ours, theirs = ([one[key] for one in found[name]] for name in FRONTS)
+        section.ratio_of_rounds(f"{what} / QEMU's nvme", ours, theirs, _GOAL, at_most=True)
     return section
 
 

@@ -113,13 +113,10 @@ def measure(settings: Settings) -> Section:
         row |= {key: median([one[key] for one in rounds]) for key in rounds[0]}
         section.rows.append(row | {"iops_of_rounds": [one["iops"] for one in rounds]})
     for rw, depth in dict.fromkeys((rw, depth) for rw, depth, _ in found):
-        ours, theirs = (
-            {key: median([one[key] for one in found[rw, depth, name]]) for key in ("iops", "cpu_us")} for name in FRONTS
-        )
-        section.ratio(f"{rw}, depth {depth}: IOPS / QEMU's nvme", ours["iops"], theirs["iops"], 1.0)
-        section.ratio(
-            f"{rw}, depth {depth}: host CPU per I/O / QEMU's nvme", ours["cpu_us"], theirs["cpu_us"], 1.0, at_most=True
-        )
+        for key, goal_is_most, what in (("iops", False, "IOPS"), ("cpu_us", True, "host CPU per I/O")):
+            ours, theirs = ([one[key] for one in found[rw, depth, name]] for name in FRONTS)
+            name = f"{rw}, depth {depth}: {what} / QEMU's nvme"
+            section.ratio_of_rounds(name, ours, theirs, 1.0, at_most=goal_is_most)
     return section
 
 

@@ -148,27 +148,18 @@ def _row(key: tuple[str, ...], rounds: list[dict[str, float]]) -> dict[str, Any]
 
 
 def _ratios(section: Section) -> None:
-    def iops(what: str, image: str, rw: str, depth: int, queues: int = 1) -> float:
-        """With the best doorbells: those are the last of their kind."""
+    def iops(what: str, image: str, rw: str, depth: int, queues: int = 1) -> list[float]:
+        """Of each round; with the quickest doorbells, whose rows are the last of their kind."""
         wanted = {"what": what, "image": image, "rw": rw, "depth": depth, "queues": queues}
-        return next((float(row["iops"]) for row in reversed(section.rows) if wanted.items() <= row.items()), 0.0)
+        return next((row["iops_of_rounds"] for row in reversed(section.rows) if wanted.items() <= row.items()), [])
 
     for rw in _RW:
-        fio = iops("fio psync", "tmpfs", rw, 1)
-        section.ratio(f"{rw}, tmpfs, depth 1 / fio psync", iops("nvmove", "tmpfs", rw, 1), fio, 0.55)
-        section.ratio(f"{rw}, tmpfs, depth 32 / fio psync", iops("nvmove", "tmpfs", rw, 32), fio, 0.85)
-        section.ratio(
-            f"{rw}, null / tmpfs, depth 32", iops("nvmove", "null", rw, 32), iops("nvmove", "tmpfs", rw, 32), 2.5
-        )
-        section.ratio(
-            f"{rw}, tmpfs, two queues / one, depth 32",
-            iops("nvmove", "tmpfs", rw, 32, 2),
-            iops("nvmove", "tmpfs", rw, 32),
-            1.7,
-        )
+        fio, one = iops("fio psync", "tmpfs", rw, 1), iops("nvmove", "tmpfs", rw, 32)
+        add = section.ratio_of_rounds
+        add(f"{rw}, tmpfs, depth 1 / fio psync", iops("nvmove", "tmpfs", rw, 1), fio, 0.55)
+        add(f"{rw}, tmpfs, depth 32 / fio psync", one, fio, 0.85)
+        add(f"{rw}, null / tmpfs, depth 32", iops("nvmove", "null", rw, 32), one, 2.5)
+        add(f"{rw}, tmpfs, two queues / one, depth 32", iops("nvmove", "tmpfs", rw, 32, 2), one, 1.7)
         for depth, engine in ((1, "psync"), (32, "libaio"), (128, "libaio")):
-            section.ratio(
-                f"{rw}, disk, depth {depth} / fio {engine}",
-                iops("nvmove", "disk", rw, depth),
-                iops(f"fio {engine}", "disk", rw, depth),
-            )
+            ours, theirs = iops("nvmove", "disk", rw, depth), iops(f"fio {engine}", "disk", rw, depth)
+            add(f"{rw}, disk, depth {depth} / fio {engine}", ours, theirs)

@@ -10,6 +10,8 @@ from rich.console import Console as Screen
 from rich.markup import escape
 from rich.table import Table
 
+from nvmove.bench.measure import median
+
 FORMAT = 1
 """Of the JSON: grows when a reader of the old one would be wrong."""
 
@@ -23,6 +25,8 @@ class Ratio:
     goal: float | None = None
     at_most: bool = False
     """The goal is an upper bound."""
+    best: float | None = None
+    """The same of either side's best round: what a busy machine has spoiled least."""
 
     @property
     def held(self) -> bool | None:
@@ -65,13 +69,35 @@ class Section:
         if theirs:
             self.ratios.append(Ratio(name, ours / theirs, goal, at_most))
 
+    def ratio_of_rounds(
+        self,
+        name: str,
+        ours: Sequence[float],
+        theirs: Sequence[float],
+        goal: float | None = None,
+        *,
+        at_most: bool = False,
+    ) -> None:
+        """Add the ratio of the medians, and of the best; nothing when one side was not measured."""
+        if ours and theirs and median(theirs):
+            best = min if at_most else max
+            value = median(ours) / median(theirs)
+            self.ratios.append(Ratio(name, value, goal, at_most, best(ours) / best(theirs)))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
             "title": self.title,
             "rows": self.rows,
             "ratios": [
-                {"name": one.name, "value": one.value, "goal": one.goal, "at_most": one.at_most, "held": one.held}
+                {
+                    "name": one.name,
+                    "value": one.value,
+                    "best": one.best,
+                    "goal": one.goal,
+                    "at_most": one.at_most,
+                    "held": one.held,
+                }
                 for one in self.ratios
             ],
             "notes": self.notes,
@@ -111,12 +137,13 @@ def show(screen: Screen, section: Section) -> None:
     screen.print(table)
     if section.ratios:
         ratios = Table(title="Ratios")
-        for heading in ("what", "ratio", "goal", ""):
+        for heading in ("what", "ratio", "of the best rounds", "goal", ""):
             ratios.add_column(heading, justify="left" if heading in ("what", "") else "right")
         for ratio in section.ratios:
             goal = "" if ratio.goal is None else f"{'≤' if ratio.at_most else '≥'} {ratio.goal:g}"
             held = {None: "", True: "[green]held[/]", False: "[red]missed[/]"}[ratio.held]
-            ratios.add_row(escape(ratio.name), f"{ratio.value:.2f}", goal, held)
+            best = "" if ratio.best is None else f"{ratio.best:.2f}"
+            ratios.add_row(escape(ratio.name), f"{ratio.value:.2f}", best, goal, held)
         screen.print(ratios)
     for note in section.notes:
         screen.print(f"[dim]{escape(note)}[/]", highlight=False)
