@@ -138,7 +138,11 @@ def _pass_replies(server: _Peer, client: _Peer, hidden: Hidden) -> int:
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:
     """Move bytes until `source` has no more, or either end is gone."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    try:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        log.warning("nbd: a client is hung up on: %s", error.strerror)
+        return
     try:
         with contextlib.suppress(OSError):  # a user with many pipes gets small ones: it works, slower
             fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -182,6 +186,8 @@ class _Connection:
                 self._transmit()
         except (HandshakeError, OSError) as error:
             log.debug("nbd: a client's handshake failed: %s", error)
+        except RuntimeError as error:  # no second thread
+            log.warning("nbd: a client is hung up on: %s", error)
         finally:
             self.drop()
             ended()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -347,6 +348,37 @@ def test_close_hangs_up_on_every_client_and_leaves_no_socket_and_no_thread(bench
             assert await asyncio.to_thread(gone, client)
             client.connection.close()
         assert [thread for thread in threading.enumerate() if thread.name.startswith("nbd-proxy")] == []
+
+    run(bench.proxy, test)
+
+
+@pytest.mark.parametrize("missing", ["pipe", "thread"])
+def test_what_the_system_has_no_more_of_costs_one_client_only(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    start = threading.Thread.start
+
+    def no_pipe(_flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "nbd-proxy-answers":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def test(_proxy: NbdProxy) -> None:
+        with monkeypatch.context() as patch:
+            if missing == "pipe":
+                patch.setattr(os, "pipe2", no_pipe)
+            else:
+                patch.setattr(threading.Thread, "start", no_thread)
+            first = await asyncio.to_thread(bench.connect)
+            assert await asyncio.to_thread(gone, first)
+            first.connection.close()
+        second = await asyncio.to_thread(bench.connect)
+        second.connection.sendall(b"still there")
+        assert await asyncio.to_thread(exactly, second.connection, 11) == b"still there"
+        second.connection.close()
 
     run(bench.proxy, test)
 
