@@ -99,6 +99,13 @@ def test_io_follows_overlays_commits_and_mirrors(machine: Machine, tree: Sysroot
     assert {0, 1, 2, 3} <= written(tree, mirror)
     assert 3 not in written(tree, base)
     assert shown(machine) == ("nvmove0", "mirror.qcow2")
+    qmp.execute("nvmove-fault-add", {"op": "write", "errno": "ENOSPC", "count": 1})
+    machine.console.check(
+        "(sleep 1; fio --name=w --filename=/dev/nvme0n1 --rw=write --bs=4k --offset=4M --size=4k --direct=1 >/tmp/w &)"
+    )
+    assert qmp.wait_event("BLOCK_IO_ERROR")["data"]["node-name"] == "mirror"
+    qmp.wait_event("STOP")
+    qmp.execute("cont")
     assert qmp.hmp("savevm t1") == ""
     complaints = [line for line in disk_complaints(machine.console) if "rescanning" not in line]
     assert complaints == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,12 @@ from typing import Any
 from nvmove.block.policy import Action, ErrorPolicy, ErrorReport
 from nvmove.options import drives as drive_options
 from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.monitor import Facade, QmpError
+from nvmove.vm.exports import current_nodes
+from nvmove.vm.monitor import Facade, QemuGone, QmpError
 from nvmove.vm.runstate import RunState
 from nvmove.vm.throttle import Throttle
+
+log = logging.getLogger(__name__)
 
 Out = Callable[[str], None]
 
@@ -32,15 +36,15 @@ def timestamp() -> dict[str, int]:
     return {"seconds": now // 10**9, "microseconds": now // 1000 % 10**6}
 
 
-def event(drive: ServedDrive, report: ErrorReport) -> dict[str, Any]:
-    """Return the event BLOCK_IO_ERROR, its members in QEMU's order."""
+def event(drive: ServedDrive, report: ErrorReport, node: str) -> dict[str, Any]:
+    """Return the event BLOCK_IO_ERROR, its members in QEMU's order; `node` is the one that the drive is on now."""
     return {
         "timestamp": timestamp(),
         "event": "BLOCK_IO_ERROR",
         "data": {
             "device": drive.name,
             **({"nospace": report.is_no_space} if drive.io.is_shown else {}),
-            "node-name": drive.node,
+            "node-name": node,
             "qom-path": f"/machine/peripheral/{drive.qdev}",
             "reason": os.strerror(report.errno),
             "operation": "read" if report.is_read else "write",
@@ -55,6 +59,8 @@ class IoErrors:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._drives: Mapping[str, ServedDrive] = {}
+        self._unnamed: list[ErrorReport] = []
+        """Reports of drives in QEMU, which is being asked for the nodes that they are on."""
 
     def report(self, report: ErrorReport) -> None:
         """A device reports an error; on any thread. None comes before `connect`: the VM does not run before."""
@@ -77,10 +83,33 @@ class IoErrors:
         drive = self._drives[report.drive]
         if report.action is Action.STOP:
             drive.io.fail(report.is_no_space)
-            self._facade.emit(event(drive, report))
-            self._runstate.stop_for_error()
+        if drive.export:
+            self._unnamed.append(report)
+            if len(self._unnamed) == 1:
+                self._naming = asyncio.ensure_future(self._name())
         else:
-            self._throttle.send(report.drive, event(drive, report))
+            self._send(report, drive.node)
+        if report.action is Action.STOP:
+            self._runstate.stop_for_error()  # which asks QEMU too, and later: STOP follows the event
+
+    async def _name(self) -> None:
+        """Send what waits: an overlay or a job may have put another node in the place of the drive's first."""
+        try:
+            nodes = await current_nodes(self._facade)
+        except (QmpError, QemuGone) as error:
+            log.debug("the nodes of drives with errors are not known: %s", error)
+            nodes = {}
+        reports, self._unnamed = self._unnamed, []
+        for report in reports:
+            drive = self._drives[report.drive]
+            self._send(report, nodes.get(drive.export, drive.node))
+
+    def _send(self, report: ErrorReport, node: str) -> None:
+        told = event(self._drives[report.drive], report, node)
+        if report.action is Action.STOP:
+            self._facade.emit(told)
+        else:
+            self._throttle.send(report.drive, told)
 
     def _reset(self) -> None:
         for drive in self._drives.values():

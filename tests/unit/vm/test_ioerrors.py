@@ -56,15 +56,28 @@ class HoldingDevice:
             self.fail(report)
 
 
+@pytest.fixture(autouse=True, params=["nvmove's", "QEMU's"])
+def owner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has the image: it makes no difference."""
+    monkeypatch.setattr(Scene, "export", "e0" if request.param == "QEMU's" else "")
+
+
 class Scene:
     """A VM with one drive on a fake QEMU that stops and runs."""
+
+    export = ""
+    """Its export, when it is QEMU's."""
+    node = "#block1"
+    """The node that it is on now."""
 
     def __init__(self, facade: Facade, qemu: FakeQemu) -> None:
         self.facade, self.qemu = facade, qemu
         self.running = True
         self.device = HoldingDevice()
         self.runstate = RunState(facade, [self.device])
-        self.drive = ServedDrive("d0", "#block1", "nv0", DriveConfig(id="d0", file="x"), None, True)  # type: ignore[arg-type]
+        config = DriveConfig(id="d0", file="x")
+        self.drive = ServedDrive("d0", "#block1", "nv0", config, None, True, export=Scene.export)  # type: ignore[arg-type]
+        qemu.answers["query-block-exports"] = [{"id": Scene.export, "node-name": Scene.node}]
         self.errors = IoErrors()
         self.errors.connect(facade, self.runstate, {"d0": self.drive})
         self.device.on_error = self.errors.report
@@ -157,6 +170,34 @@ def test_an_error_that_stops_has_qemus_events_in_qemus_order() -> None:
             ("action", "stop"),
         ]
         assert vm.device.is_paused
+
+    on_vm(test)
+
+
+@pytest.mark.parametrize("report", [FULL, REPORTED])
+def test_the_event_names_the_node_that_a_disk_in_qemu_is_on_now(
+    monkeypatch: pytest.MonkeyPatch, report: ErrorReport
+) -> None:
+    monkeypatch.setattr(Scene, "export", "e0")
+    monkeypatch.setattr(Scene, "node", "overlay")
+
+    async def test(vm: Scene) -> None:
+        vm.fail(report)
+        await vm.settle()
+        assert (vm.names[0], vm.events[0]["data"]["node-name"]) == ("BLOCK_IO_ERROR", "overlay")
+
+    on_vm(test)
+
+
+def test_a_qemu_that_does_not_tell_the_node_holds_no_event_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scene, "export", "e0")
+
+    async def test(vm: Scene) -> None:
+        vm.qemu.answers["query-block-exports"] = RuntimeError("no")
+        vm.fail(FULL)
+        await vm.settle()
+        assert vm.names == ["BLOCK_IO_ERROR", "STOP"]
+        assert vm.events[0]["data"]["node-name"] == "#block1"
 
     on_vm(test)
 
