@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nvmove.lab.console import GuestError
 from nvmove.lab.machine import Machine
+from nvmove.lab.processes import marked
 from nvmove.lab.qmp import Qmp
 
 ENDED = ("completed", "failed", "cancelled")
@@ -81,3 +87,64 @@ class Traveller:
         self.machine = target
         source.quit()
         return answer
+
+
+class Cable:
+    """What lies between source and destination, to be cut: passes on what comes at one Unix socket to another.
+
+    It takes what comes at once, also when the other end is stuck: QEMU's monitor waits while it sends a device's state.
+    """
+
+    def __init__(self, here: Path, there: Path) -> None:
+        self._there = there
+        self._ends: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(here))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                source, _ = self._listener.accept()
+                target = socket.socket(socket.AF_UNIX)
+                target.connect(str(self._there))
+                self._ends += [source, target]
+                for ends in ((source, target), (target, source)):
+                    under_way: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+                    threading.Thread(target=_take, args=(ends[0], under_way), daemon=True).start()
+                    threading.Thread(target=_give, args=(ends[1], under_way), daemon=True).start()
+
+    def cut(self, *, at_the_source: bool = False) -> None:
+        """Break all connections, and take no more.
+
+        `at_the_source`: there only; what is under way still reaches the destination, whose answers are lost.
+        """
+        for sock in (self._listener, *(self._ends[::2] if at_the_source else self._ends)):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._thread.join(10)
+
+
+def _take(source: socket.socket, under_way: queue.SimpleQueue[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            under_way.put(data)
+    under_way.put(b"")
+
+
+def _give(target: socket.socket, under_way: queue.SimpleQueue[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        while data := under_way.get():
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+def qemu_of(machine: Machine) -> int:
+    """Return the process id of a machine's QEMU, behind an nvmove or not."""
+    found = [
+        process.pid for process in marked(machine.mark) if "-incoming" in process.command or "-M" in process.command
+    ]
+    return found[-1]  # the youngest: QEMU is started last

@@ -101,7 +101,10 @@ class Incoming:
         status = (await self._facade.execute("query-status"))["status"]
         autostart, self._runstate.autostart = self._runstate.autostart, None
         if runs and autostart and status == "paused":  # else the source was in a state that QEMU has carried over
-            await self._runstate.run()
+            try:
+                await self._runstate.run()
+            except QmpError as error:  # QEMU takes its images here, too
+                log.error("%s: the VM stays stopped, `cont` tries again", error.desc)
 
     # --- events and commands -----------------------------------------------------------------------------------------
 

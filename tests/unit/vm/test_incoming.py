@@ -182,6 +182,16 @@ def test_an_image_that_is_still_locked_keeps_it_stopped_until_cont(caplog: pytes
     with_bench(test)
 
 
+def test_an_image_of_qemus_that_is_still_locked_keeps_it_stopped_too(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(bench: Bench) -> None:
+        bench.qemu.answers["cont"] = RuntimeError('Failed to get "write" lock')
+        await bench.arrive("running")
+        assert bench.log == ["replay", "activate"]
+        assert 'Failed to get "write" lock: the VM stays stopped, `cont` tries again' in caplog.text
+
+    with_bench(test)
+
+
 def test_a_vm_without_our_device_is_refused() -> None:
     async def test(bench: Bench) -> None:
         await bench.incoming.prepare(autostart=True)
