@@ -73,10 +73,10 @@ class Server:
 
     def _handshake(self, client: socket.socket) -> bool:
         client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
-        _exactly(client, 4)
+        exactly(client, 4)
         while True:
-            _, option, length = struct.unpack(">QII", _exactly(client, 16))
-            _exactly(client, length)
+            _, option, length = struct.unpack(">QII", exactly(client, 16))
+            exactly(client, length)
 
             def reply(kind: int, payload: bytes = b"", option: int = option) -> None:
                 client.sendall(struct.pack(">QIII", _REPLY_MAGIC, option, kind, len(payload)) + payload)
@@ -93,9 +93,9 @@ class Server:
 
     def _transmission(self, client: socket.socket) -> None:
         while True:
-            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", _exactly(client, 28))
+            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", exactly(client, 28))
             name = COMMANDS[kind]
-            payload = _exactly(client, length) if name == "write" else b""
+            payload = exactly(client, length) if name == "write" else b""
             if name == "disconnect":
                 return
             with self.arrived:
@@ -121,7 +121,7 @@ class Server:
         return b""
 
 
-def _exactly(client: socket.socket, count: int) -> bytes:
+def exactly(client: socket.socket, count: int) -> bytes:
     data = b""
     while len(data) < count:
         piece = client.recv(count - len(data))

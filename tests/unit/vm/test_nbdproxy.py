@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.nbd_server import exactly
 
 from nvmove.vm.endpoints import UnixAddress
 from nvmove.vm.listener import Listener
@@ -47,16 +48,6 @@ def named(name: bytes) -> bytes:
 
 def hidden(name: bytes) -> bool:
     return name == b"secret"
-
-
-def exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        piece = connection.recv(count - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return data
 
 
 def serve(connection: socket.socket) -> None:
