@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nvmove.vm.iostatus import IoStatus
@@ -56,3 +58,16 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(data: bytes,
     with pytest.raises(StateError, match=message):
         state.load(data)
     assert state.loaded is None
+
+
+GOLDEN = Path(__file__).parents[2] / "data" / "state-v1"
+
+
+@pytest.mark.parametrize(("name", "run_state", "status"), [("vm", "running", "ok"), ("vm-held", "io-error", "nospace")])
+def test_the_first_format_keeps_loading(name: str, run_state: str, status: str) -> None:
+    golden = (GOLDEN / f"{name}.nvmove").read_bytes()
+    state, io = machine_state("paused", "nv0", "nv1")
+    state.load(golden)
+    state.restore()
+    assert (state.loaded, io.value) == (run_state, status)
+    assert machine_state(run_state, "nv0", "nv1", status=status)[0].save() == golden
