@@ -9,9 +9,9 @@ import pytest
 from tests.unit.test_vfio_memory import FakeClient, add, unmapped
 
 from nvmove.nvme.seams import DmaError, Segment
-from nvmove.vfio.device import Buffer
 from nvmove.vfio.dirty import PAGE, RUN, DirtyPages, runs, span, split
 from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.message import Buffer
 
 Write = tuple[int, int]
 """Guest address and length of a DMA_WRITE."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from nvmove.nvme.seams import DmaError, Segment
-from nvmove.vfio.device import Buffer
 from nvmove.vfio.memory import GuestMemory
+from nvmove.vfio.message import Buffer
 
 PAGE = 4096
 

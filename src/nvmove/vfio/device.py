@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from nvmove.vfio.message import Buffer
+
 if TYPE_CHECKING:
     from nvmove.vfio.migration import Migration
 
-Buffer = bytes | bytearray | memoryview
 # VFIO's region and IRQ indexes of a PCI device (linux/vfio.h).
 BAR0_REGION = 0
 CONFIG_REGION = 7

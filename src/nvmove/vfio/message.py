@@ -50,6 +50,8 @@ class Command(enum.IntEnum):
     MIG_DATA_WRITE = 18
 
 
+Buffer = bytes | bytearray | memoryview
+
 # Header flags (vfio-user, Header).
 TYPE_MASK = 0xF
 TYPE_COMMAND = 0x0
@@ -446,3 +448,9 @@ def parse_dma_access(payload: memoryview) -> tuple[int, int, memoryview]:
     """Decode (address, count, data)."""
     address, count = _unpack(_DMA_ACCESS, payload)
     return address, count, payload[_DMA_ACCESS.size :]
+
+
+def dma_command_parts(message_id: int, code: int, address: int, data: Buffer, count: int) -> tuple[Buffer, Buffer]:
+    """Encode a whole DMA_READ or DMA_WRITE command, in parts so that the data need not be copied twice."""
+    size = HEADER_SIZE + DMA_ACCESS_SIZE + len(data)
+    return _HEADER.pack(message_id, code, size, TYPE_COMMAND, 0) + _DMA_ACCESS.pack(address, count), data

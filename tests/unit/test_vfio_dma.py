@@ -1,0 +1,99 @@
+"""Guest memory by message: many under way at once, refusals, and what is left after them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from tests.vfio_peer import PlainDevice, connected
+
+from nvmove.nvme.seams import DmaError
+from nvmove.vfio.dma import DmaChannel
+
+PAGE = 4096
+
+
+def begin(call: Callable[..., None], *arguments: object) -> tuple[list[Exception], threading.Thread]:
+    """Run a call of a channel off the control thread; the list gets what it raises."""
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call(*arguments)
+        except DmaError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return failures, thread
+
+
+def in_thread(call: Callable[..., None], *arguments: object) -> list[Exception]:
+    """Do the same to its end."""
+    failures, thread = begin(call, *arguments)
+    thread.join(20)
+    assert not thread.is_alive()
+    return failures
+
+
+def channel_of(device: PlainDevice) -> DmaChannel:
+    assert isinstance(device.client, DmaChannel)
+    return device.client
+
+
+def test_thousands_of_writes_go_in_one_call_and_in_order() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        ram = client.map_ram(0, 64 * PAGE, shared=False)
+        runs = [(n % 64 * PAGE, n.to_bytes(4, "little")) for n in range(3000)]
+        assert in_thread(channel_of(device).dma_write_all, runs) == []
+        assert [int.from_bytes(ram.view[at : at + 4], "little") for at in (0, 63 * PAGE)] == [2944, 2943]
+
+
+def test_small_and_large_writes_mix() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        ram = client.map_ram(0, 8 << 20, shared=False)
+        big = bytes(range(256)) * (3 << 12)
+        assert in_thread(channel_of(device).dma_write_all, [(0, b"x"), (PAGE, big), (PAGE - 1, b"y")]) == []
+        assert ram.view[0] == ord("x")
+        assert ram.view[PAGE - 1] == ord("y")
+        assert bytes(ram.view[PAGE : PAGE + len(big)]) == big
+
+
+def test_one_refused_write_fails_the_call_and_the_others_are_done() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        ram = client.map_ram(0, PAGE, shared=False)
+        (failure,) = in_thread(channel_of(device).dma_write_all, [(0, b"a"), (1 << 40, b"b"), (1, b"c")])
+        assert "refused DMA_WRITE" in str(failure)
+        assert bytes(ram.view[:2]) == b"ac"
+
+
+def test_nothing_to_write_is_done_at_once() -> None:
+    device = PlainDevice()
+    with connected(device):
+        assert in_thread(channel_of(device).dma_write_all, []) == []
+
+
+@pytest.mark.parametrize("count", [1, 40, 500])
+def test_a_refusal_fails_what_waits_and_costs_nothing_afterwards(count: int) -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        client.map_ram(0, PAGE, shared=False)
+        channel = channel_of(device)
+        for _ in range(5):
+            client.answers_dma = False
+            failures, thread = begin(channel.dma_write_all, [(0, b"x")] * count)
+            while not client.unanswered:
+                client.config(0, 4)
+            channel.refuse("for a while")
+            thread.join(5)
+            assert [str(failure) for failure in failures] == ["for a while"]
+            channel.admit()
+            client.answer_dma()
+        assert in_thread(channel.dma_write_all, [(0, b"y")] * 200) == []
+        while channel._exchanges:  # late answers are taken too
+            client.config(0, 4)
+        assert channel._unread == 0
