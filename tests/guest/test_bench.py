@@ -67,8 +67,8 @@ def test_guest(work: Path) -> None:
     section = bench(work, "guest")
     rows = {(row["what"], row["rw"], row["depth"]): row for row in section["rows"]}
     assert rows.keys() == {(what, rw, n) for what in ("nvmove", "qemu") for rw in ("read", "write") for n in (1, 32)}
-    assert all(row["iops"] > 0 and row["cpu_us"] > 0 for row in rows.values())
-    assert len(section["ratios"]) == 8
+    assert all(row["iops"] > 0 and row["cpu_us"] >= 0 for row in rows.values())
+    assert sum("IOPS" in ratio["name"] for ratio in section["ratios"]) == 4
 
 
 def test_downtime(work: Path) -> None:

@@ -6,9 +6,9 @@ Both guests are booted at the start; the one that is not measured is stopped, an
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _WRITE_FIELDS = 41
 _KIB, _IOPS, _PERCENTILES = 5, 7, slice(17, 37)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class GuestFio:
     """A time of random reads or writes of 4 KiB in a guest."""
 
@@ -36,11 +36,11 @@ class GuestFio:
 
     @property
     def command(self) -> str:
-        """fio's command line."""
+        """fio's command line; without `seconds` it does one command and ends."""
+        length = f"--time_based --runtime={max(1, round(self.seconds * 1000))}ms" if self.seconds else "--number_ios=1"
         return (
             f"fio --name=bench --filename={self.device} --rw=rand{self.rw} --bs=4k --ioengine=libaio"
-            f" --iodepth={self.depth} --direct=1 --time_based --runtime={max(1, round(self.seconds * 1000))}ms"
-            " --norandommap --randrepeat=0 --minimal --terse-version=3"
+            f" --iodepth={self.depth} --direct=1 {length} --norandommap --randrepeat=0 --minimal --terse-version=3"
         )
 
     def run(self, console: Console) -> dict[str, float]:
@@ -121,9 +121,16 @@ def measure(settings: Settings) -> Section:
 
 
 def _measure(machine: Machine, fio: GuestFio) -> dict[str, float]:
+    """Run fio; `cpu_us` is what its commands cost the host, without what fio's start and end cost."""
     machine.qmp.execute("cont")
+    _, around = _cpu(machine, dataclasses.replace(fio, seconds=0))
+    found, used = _cpu(machine, fio)
+    machine.qmp.execute("stop")
+    return found | {"cpu_us": max(used - around, 0.0) / max(found["commands"], 1) * 1e6}
+
+
+def _cpu(machine: Machine, fio: GuestFio) -> tuple[dict[str, float], float]:
+    """Return what fio found, and the seconds of processor time that QEMU and nvmove have used meanwhile."""
     before = marked_cpu_seconds(machine.mark)
     found = fio.run(machine.console)
-    used = marked_cpu_seconds(machine.mark) - before
-    machine.qmp.execute("stop")
-    return found | {"cpu_us": used / max(found["commands"], 1) * 1e6}
+    return found, marked_cpu_seconds(machine.mark) - before
