@@ -62,6 +62,7 @@ def section() -> Section:
     made.ratio_of_rounds("of rounds", [1, 2, 9], [2, 4, 3], 0.5)
     made.ratio_of_rounds("of rounds, the least", [1, 2, 9], [2, 4, 3], 0.5, at_most=True)
     made.ratio_of_rounds("not measured", [], [1])
+    made.ratio_of_rounds("nothing to compare with", [1], [0])
     made.notes.append("a note")
     return made
 
@@ -210,6 +211,12 @@ def test_fios_terse_line_is_read() -> None:
     for bad in ("", "3;fio;bench;0;0;1", said.replace("bench;0;0;", "bench;0;5;")):
         with pytest.raises(GuestError, match="fio said"):
             guest.parse_terse(bad, "read")
+
+
+def test_what_fio_costs_around_its_commands_is_not_theirs() -> None:
+    rounds = [{"cpu_s": used, "around_cpu_s": spent, "commands": 1e3} for used, spent in ((2.0, 1), (3, 1), (4, 9))]
+    assert guest._cpu_us(rounds) == 2000
+    assert guest._cpu_us([{"cpu_s": 1.0, "around_cpu_s": 2, "commands": 1}]) == 0
 
 
 def test_a_guest_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

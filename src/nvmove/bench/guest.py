@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,24 +109,32 @@ def measure(settings: Settings) -> Section:
                         settings.tell(f"round {number + 1} of {settings.rounds}: {rw}, depth {depth}, on {name}")
                         found[rw, depth, name].append(_measure(guests[name], GuestFio(rw, depth, settings.seconds)))
     for (rw, depth, name), rounds in found.items():
-        row: dict[str, Any] = {"what": name, "rw": rw, "depth": depth}
-        row |= {key: median([one[key] for one in rounds]) for key in rounds[0]}
-        section.rows.append(row | {"iops_of_rounds": [one["iops"] for one in rounds]})
+        row: dict[str, Any] = {"what": name, "rw": rw, "depth": depth, "cpu_us": _cpu_us(rounds)}
+        row |= {key: median([one[key] for one in rounds]) for key in ("iops", "p50_us", "p99_us")}
+        section.rows.append(row | {"rounds": rounds})
     for rw, depth in dict.fromkeys((rw, depth) for rw, depth, _ in found):
-        for key, goal_is_most, what in (("iops", False, "IOPS"), ("cpu_us", True, "host CPU per I/O")):
-            ours, theirs = ([one[key] for one in found[rw, depth, name]] for name in FRONTS)
-            name = f"{rw}, depth {depth}: {what} / QEMU's nvme"
-            section.ratio_of_rounds(name, ours, theirs, 1.0, at_most=goal_is_most)
+        ours, theirs = (found[rw, depth, name] for name in FRONTS)
+        what = f"{rw}, depth {depth}"
+        iops = [[one["iops"] for one in rounds] for rounds in (ours, theirs)]
+        section.ratio_of_rounds(f"{what}: IOPS / QEMU's nvme", iops[0], iops[1], 1.0)
+        section.ratio(f"{what}: host CPU per I/O / QEMU's nvme", _cpu_us(ours), _cpu_us(theirs), 1.0, at_most=True)
     return section
 
 
+def _cpu_us(rounds: Sequence[dict[str, float]]) -> float:
+    """Return what a command costs the host, in microseconds, without what fio's start and end cost."""
+    around = median([one["around_cpu_s"] for one in rounds])
+    used = sum(one["cpu_s"] - around for one in rounds)
+    return max(used, 0.0) / max(sum(one["commands"] for one in rounds), 1) * 1e6
+
+
 def _measure(machine: Machine, fio: GuestFio) -> dict[str, float]:
-    """Run fio; `cpu_us` is what its commands cost the host, without what fio's start and end cost."""
+    """Run fio for one command only, and as it is; return what it found, and the processor time of both."""
     machine.qmp.execute("cont")
     _, around = _cpu(machine, dataclasses.replace(fio, seconds=0))
     found, used = _cpu(machine, fio)
     machine.qmp.execute("stop")
-    return found | {"cpu_us": max(used - around, 0.0) / max(found["commands"], 1) * 1e6}
+    return found | {"cpu_s": used, "around_cpu_s": around}
 
 
 def _cpu(machine: Machine, fio: GuestFio) -> tuple[dict[str, float], float]:

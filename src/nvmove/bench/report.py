@@ -80,9 +80,9 @@ class Section:
     ) -> None:
         """Add the ratio of the medians, and of the best; nothing when one side was not measured."""
         if ours and theirs and median(theirs):
-            best = min if at_most else max
-            value = median(ours) / median(theirs)
-            self.ratios.append(Ratio(name, value, goal, at_most, best(ours) / best(theirs)))
+            best = (min if at_most else max)(theirs)
+            of_best = (min if at_most else max)(ours) / best if best else None
+            self.ratios.append(Ratio(name, median(ours) / median(theirs), goal, at_most, of_best))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
