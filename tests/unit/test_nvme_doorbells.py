@@ -260,6 +260,34 @@ def test_enabling_during_io_loses_nothing() -> None:
     assert host.controller.doorbells.source(1, False).place is Place.GUEST
 
 
+def test_a_head_that_comes_round_to_where_it_was_when_the_buffers_were_given_is_seen() -> None:
+    """The first step is rung: from then on the register is not what counts, though the shadow may look untouched."""
+    host = ready(cq_size=3)
+    done = 0
+    for _ in range(12):
+        host.submit(1, Nvm.FLUSH, nsid=1)
+        host.drain()
+        done += len(host.reap(1))
+    assert done == 12
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_first_step_that_was_rung_and_not_looked_at_is_looked_at_first(moves: bool) -> None:
+    """Also by the controller that has loaded the state."""
+    host = ready(sq_size=3, cq_size=3)
+    for step in range(9):
+        host.controller.pause(0)
+        cid = host.submit(1, Nvm.FLUSH, nsid=1)
+        if moves and step % 2:
+            host.move()
+        host.controller.resume()
+        host.drain()
+        host.controller.pause(0)
+        assert [completion.cid for completion in host.reap(1)] == [cid]
+        if moves:
+            host.move()
+
+
 def test_the_admin_queue_stays_on_its_register_until_the_host_moves_it() -> None:
     host = ready()
     for _ in range(40):

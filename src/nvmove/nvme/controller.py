@@ -258,16 +258,18 @@ class Controller:
         elif self.doorbells.source(qid, bool(is_cq)).place is not Place.MESSAGE:
             self._rung_in_memory(queue, qid, bool(is_cq), value)
         elif isinstance(queue, SubmissionQueue):
-            if queue.set_tail(value):
-                if queue.borrower is None:
-                    self.engine.kick(qid)
-            else:
+            if not queue.set_tail(value):
                 self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
+            elif queue.borrower is None:
+                self.doorbells.hear(queue)
+                self.engine.kick(qid)
         else:
             was_full = queue.borrower is None and not queue.free
             if not queue.set_head(value):
                 self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
                 return
+            if queue.borrower is None:
+                self.doorbells.hear(queue)
             self.head_moved(queue, was_full)
 
     def _rung_in_memory(self, queue: SubmissionQueue | CompletionQueue, qid: int, is_cq: bool, value: int) -> None:

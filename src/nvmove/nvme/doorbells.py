@@ -16,6 +16,8 @@ lags behind, so that the guest does not ring.
 
 A queue that existed before the command is GUEST only from the first value on that the guest puts into its shadow. Until
 then (`late`) its register counts: doorbells rung while the command ran, and the admin queue's, which Linux never moves.
+The first step in the shadow is always rung, and looked at before anything is built on the register's value (`heard`):
+later the shadow may have come round to the value that says "not used yet".
 """
 
 from __future__ import annotations
@@ -102,6 +104,8 @@ class Doorbells:
         self.dbs = self.eis = 0
         self.late: dict[int, int] = {}
         """Cells that the host has not used yet, and what this controller has put there."""
+        self.heard: set[int] = set()
+        """Late cells whose register was written: a worker has to look whether the host has moved."""
         self._refused: dict[int, int] = {}
 
     @property
@@ -199,7 +203,20 @@ class Doorbells:
     def deleted(self, ring: Ring) -> None:
         """A queue is gone. With the lock."""
         self.late.pop(cell_of(ring), None)
+        self.heard.discard(cell_of(ring))
         self._refused.pop(cell_of(ring), None)
+
+    def hear(self, ring: Ring) -> None:
+        """A register that counts was written: its queue's workers look whether it still counts. With the lock."""
+        cell = cell_of(ring)
+        if cell in self.late:
+            self.heard.add(cell)
+            for sqid in {ring.sqid} if isinstance(ring, SubmissionQueue) else ring.sqs or {0}:
+                self._controller.engine.kick(sqid)
+
+    def is_clear(self, sq: SubmissionQueue) -> bool:
+        """Whether it is known where the doorbells of a queue pair are. With the lock."""
+        return not self.heard or (cell_of(sq) not in self.heard and cell_of(sq.cq) not in self.heard)
 
     def written(self, qid: int, is_cq: bool, value: int) -> None:
         """A doorbell that could be written in memory came by message. With the lock."""
@@ -275,14 +292,15 @@ class Doorbells:
             sq = controller.sqs.get(sqid)
             if sq is None or not self.in_memory or not controller.runs:
                 return None
-            # Of a completion queue's head nothing depends but room, and with INTx the level of the pin. A late one is
-            # looked at each time: after a whole round its cell is as it was before the host used it.
+            # Of a completion queue's head nothing depends but room, and with INTx the level of the pin.
             watches_pin = not controller.interrupts.msix_enabled
             rings: list[Ring] = [sq]
-            if watches_pin or sq.cq.free <= 0 or cell_of(sq.cq) in self.late:
+            if watches_pin or sq.cq.free <= 0 or cell_of(sq.cq) in self.heard:
                 rings.append(sq.cq)
-            if sqid == 0 and watches_pin:
-                rings += [cq for cq in controller.cqs.values() if not cq.sqs]
+            if sqid == 0:
+                rings += [
+                    cq for cq in controller.cqs.values() if not cq.sqs and (watches_pin or cell_of(cq) in self.heard)
+                ]
             rings = [ring for ring in rings if cell_of(ring) < self.cells]
             if not rings:
                 return None
@@ -320,6 +338,7 @@ class Doorbells:
         is_sq = isinstance(ring, SubmissionQueue)
         if (controller.sqs if is_sq else controller.cqs).get(cell // 2) is not ring:
             return  # deleted meanwhile
+        self.heard.discard(cell)
         if self.page is not None:
             self._seen[cell] = value
         elif not self.enabled or self.late.get(cell) == value:
@@ -355,6 +374,7 @@ class Doorbells:
         self.reset()
         self.dbs, self.eis = state.dbs, state.eis
         self.late = {late.cell: late.value for late in state.late}
+        self.heard = set(self.late)
         if self.page is not None:
             for ring in self._rings():
                 self.page[cell_of(ring)] = self._seen[cell_of(ring)] = _position(ring)

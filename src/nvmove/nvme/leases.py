@@ -105,6 +105,7 @@ class Leases:
             self._controller.runs
             and not self._barred
             and not self._controller.doorbells.is_refused(sq)
+            and self._controller.doorbells.is_clear(sq)
             and sq.sqid != 0
             and not (sq.held or sq.aborted or sq.in_flight or cq.reserved)
             and cq.sqs == {sq.sqid}
@@ -181,6 +182,7 @@ class Leases:
         controller, sq, cq = self._controller, lease.sq, lease.sq.cq
         del self._live[lease.borrower]
         self._copy(lease)
+        controller.doorbells.heard.update({cell_of(sq), cell_of(cq)} & controller.doorbells.late.keys())
         lease.borrower.end()
         sq.borrower = cq.borrower = None
         cq.release(lease.permits)

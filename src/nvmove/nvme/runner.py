@@ -122,6 +122,8 @@ class Runner:
                 return None
             if sq.ready:  # they come first, and wait for room in the completion queue
                 return None
+            if not self._controller.doorbells.is_clear(sq):
+                return None
             count = sq.cq.reserve(min(sq.contiguous, limit))
             if count == 0:
                 return None
