@@ -128,6 +128,24 @@ def test_a_state_with_a_device_is_not_loaded_without_it(tree: Sysroot, work: Pat
     story(work, tree, {"other": Disk(b"state")}, load)
 
 
+def test_a_state_of_an_earlier_version_may_lack_an_entry(tree: Sysroot, work: Path) -> None:
+    """Snapshots of versions that did not save the VM as a whole go on loading."""
+    image = make_image(tree, work / "disk.qcow2")
+    disk, whole = Disk(b"state"), Disk(b"run state")
+
+    def save(bus: VMStateBus) -> None:
+        with qemu(tree, work, image, bus.qemu_object()) as (qmp, _):
+            assert qmp.hmp("savevm t1") == ""
+
+    def load(bus: VMStateBus) -> None:
+        with qemu(tree, work, image, bus.qemu_object()) as (qmp, _):
+            assert qmp.hmp("loadvm t1") == ""
+
+    story(work, tree, {"nvme0": disk}, save)
+    story(work, tree, {"nvme0": disk, "nvmove-vm": whole}, load)
+    assert (disk.loaded, whole.loaded) == ([b"state"], [])
+
+
 def test_a_migration_file_carries_the_state(tree: Sysroot, work: Path) -> None:
     image = make_image(tree, work / "disk.qcow2")
     disk = Disk(b"the state of nvme0")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.fio import Fio, disk_complaints, wait_writes, writes_done
 from nvmove.lab.migration import Traveller
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import MachineFactory, disk, make_image
@@ -53,3 +53,39 @@ def test_ten_hops_at_queue_depth_32_with_two_cpus(
     for load in loads:
         load.wait(guest.machine.console)
     assert disk_complaints(guest.machine.console) == at_boot
+
+
+@pytest.mark.parametrize("machine_type", ["pc", "q35-root-port"])
+def test_two_disks_move_together_wherever_they_are_on_the_bus(
+    machines: MachineFactory, tree: Sysroot, work: Path, machine_type: str
+) -> None:
+    """One that QEMU keeps and one that nvmove does; on i440fx, and behind a root port whose bus the guest numbers."""
+    images = [make_image(tree, work / name) for name in ("d0.qcow2", "d1.raw")]
+    ports = ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"]
+    first = disk(images[0], device="bus=rp0" if machine_type != "pc" else "")
+    bus = ["-M", "pc"] if machine_type == "pc" else ["-M", "q35", *ports]
+    guest = Traveller(machines("m0"), [*bus, *first, *disk(images[1], "d1")], machines)
+    guest.boot()
+    loads = [Fio(f"v{n}", device=f"/dev/nvme{n}n1", blocks=2400, rate=100, iodepth=8) for n in range(2)]
+    for load in loads:
+        load.start(guest.machine.console)
+    for _ in range(2):
+        wait_writes(guest.machine.console, writes_done(guest.machine.console) + 50)
+        guest.hop()
+    for load in loads:
+        load.wait(guest.machine.console)
+    assert disk_complaints(guest.machine.console) == []
+
+
+@pytest.mark.timeout(900)
+def test_idle_for_70_seconds_after_a_move_and_then_io(machines: MachineFactory, tree: Sysroot, work: Path) -> None:
+    """Two of Linux's 30 s time-outs: a completion, an interrupt or an event that was lost would show in dmesg."""
+    arguments = ["-M", "q35", *disk(make_image(tree, work / "d0.raw"))]
+    guest = Traveller(machines("m0"), arguments, machines)
+    guest.boot()
+    Fio("before", blocks=200).run(guest.machine.console)
+    guest.hop()
+    guest.machine.console.check("sleep 70", timeout=400)
+    assert disk_complaints(guest.machine.console) == []
+    Fio("after", blocks=200).run(guest.machine.console)
+    assert disk_complaints(guest.machine.console) == []

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nvmove.lab.console import Console
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.migration import ENDED, Traveller, wait_run_state, wait_status
-from nvmove.lab.qmp import QmpError
+from nvmove.lab.qmp import QmpError, connect_unix
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import MachineFactory, disk, make_image
 
@@ -145,3 +147,33 @@ def test_the_source_runs_on(machines: MachineFactory, tree: Sysroot, work: Path,
     guest.hop()
     load.wait(guest.machine.console)
     assert disk_complaints(guest.machine.console) == []
+
+
+def test_hmp_shows_progress_and_waits(machines: MachineFactory, tree: Sysroot, work: Path) -> None:
+    """`migrate` without -d holds its terminal until the end, here a cancel from another; then one that arrives."""
+    guest = Traveller(machines("m0"), ["-M", "q35", *disk(make_image(tree, work / "d0.raw"))], machines)
+    monitor = work / "hmp"
+    guest.machine.start([*guest.machine.linux, *guest.arguments, "-monitor", f"unix:{monitor},server=on,wait=off"])
+    qmp = guest.machine.qmp
+    terminal = Console(connect_unix(monitor, 30, lambda: guest.machine.alive))
+    terminal.read_until(re.escape("(qemu) "), 30)
+    target = guest.destination()
+    target.qmp.execute("migrate-incoming", {"uri": guest.uri(target)})
+    qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 10})
+    terminal.send(f"migrate {guest.uri(target)}\n")
+    terminal.read_until(r"active: \d+ %, .* sent, .* left, \d+ pages", 60)
+    qmp.execute("migrate_cancel")
+    terminal.read_until("migration cancelled\n", 60)
+    terminal.read_until(re.escape("(qemu) "), 30)
+    target.kill()
+    target = guest.destination()
+    target.qmp.execute("migrate-incoming", {"uri": guest.uri(target)})
+    qmp.execute("migrate-set-parameters", FAST)
+    terminal.send(f"migrate {guest.uri(target)}\n")
+    before, _ = terminal.read_until(re.escape("(qemu) "), 60)
+    assert "rror" not in before
+    terminal.send("info migrate\n")
+    terminal.read_until(r"Status: \s*completed", 30)
+    terminal.read_until(r"nvmove marking: \s*pages=\d+, time \(ms\)=\d+\n", 30)
+    terminal.close()
+    wait_run_state(target.qmp, "running")

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.states import busy, fresh
 
 from nvmove.errors import UserError
-from nvmove.inspect import add_arguments, inspect, run
+from nvmove.inspect import add_arguments, as_json, as_text, inspect, run
 from nvmove.nvme.vmsd import NVME, dump, to_tree
 from nvmove.nvme.vmsd_qemu import QEMU_NVME
+from nvmove.vmstate import machine
 from nvmove.vmstate.qcow2 import HEADER, SNAPSHOT, Qcow2
 from nvmove.vmstate.qemu_file import QemuFile
 from nvmove.vmstate.schema import Reader, StateError
@@ -113,6 +114,21 @@ def test_every_device_in_a_migration_file_is_found_and_other_helpers_are_named()
     report = inspect(BytesSource(migration({**STATES, "swtpm": b"something else"})))
     assert [found.ident for found in report.devices] == ["nvme0", "nvme1"]
     assert report.others == ["swtpm"]
+
+
+def test_the_state_of_the_vm_as_a_whole_is_shown() -> None:
+    tree = {"run_state": "io-error", "devices": [{"id": "nvme0"}], "drives": []}
+    whole = dump_stream([(Section(machine.IDENT, tree), machine.VM)])
+    report = inspect(BytesSource(migration({"nvme0": STATES["nvme0"], machine.IDENT: whole})))
+    assert (report.vm, report.others) == (tree, [])
+    assert as_json(report)["vm"] == tree
+    assert list(as_text(report))[-3:] == [
+        "nvmove-vm: the VM as a whole",
+        "  run_state: io-error",
+        "  devices[0]: id=nvme0",
+    ]
+    with pytest.raises(StateError, match=r"^nvmove-vm: "):
+        inspect(BytesSource(migration({"nvme0": STATES["nvme0"], machine.IDENT: whole[:-1]})))
 
 
 def test_the_state_in_a_snapshot_is_found_by_name_by_id_and_when_it_is_the_only_one() -> None:
