@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable, Sequence
 
@@ -67,7 +68,8 @@ class LentRam(Ram):
     """Guest memory that can be lent; what `holes` take away must be revoked by `punch`."""
 
     def __init__(self, size: int = 8 << 20) -> None:
-        super().__init__(size)
+        super().__init__(0)
+        self.data = mmap.mmap(-1, size)  # type: ignore[assignment]  # begins on a page, as O_DIRECT wants it
         self.revokes: list[Callable[[], None]] = []
         self.lends = True
 
@@ -138,8 +140,12 @@ class LentLines(Lines):
 class LentDisk(Disk):
     """A disk in a file in memory, that can be lent."""
 
-    def __init__(self, size: int = 1 << 20) -> None:
+    def __init__(self, size: int = 1 << 20, alignment: int = 1) -> None:
+        """With `alignment` it is run as one of O_DIRECT."""
         super().__init__(0)
+        self.alignment = alignment
+        self.lent_fd = -1
+        """Lent in place of the file, when set."""
         self.fd = os.memfd_create("disk")
         os.ftruncate(self.fd, size)
         self.length = size
@@ -161,7 +167,8 @@ class LentDisk(Disk):
         if not self.lends or self.hold:
             return None
         self.loans += 1
-        return Loan(self.fd, self._returned, writable=not self.read_only)
+        fd = self.fd if self.lent_fd < 0 else self.lent_fd
+        return Loan(fd, self._returned, writable=not self.read_only, alignment=self.alignment)
 
     def _returned(self) -> None:
         self.loans -= 1

@@ -28,11 +28,11 @@ class Rig(Host):
     disk: LentDisk
     engine: InlineRings
 
-    def __init__(self, **arguments: object) -> None:
+    def __init__(self, disk: LentDisk | None = None, **arguments: object) -> None:
         super().__init__(
             ram=LentRam(),
             lines=LentLines(),
-            disk=LentDisk(),
+            disk=disk or LentDisk(),
             engine=InlineRings(),
             **arguments,  # type: ignore[arg-type]
         )
@@ -44,8 +44,8 @@ class Rig(Host):
 
     @property
     def in_python(self) -> bool:
-        """Whether Python ran an I/O queue since this was asked last."""
-        found = bool(set(self.engine.runs) - {0})
+        """Whether Python ran an I/O queue since this was asked last, or any I/O command ever."""
+        found = bool(set(self.engine.runs) - {0} or self.disk.operations)
         self.engine.runs.clear()
         return found
 
@@ -313,6 +313,48 @@ def test_threads_run_queues_and_pause_and_resume_lose_nothing() -> None:
         assert host.controller.pause(LONG)
         engine.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("nvme-sq")]
+
+
+@pytest.fixture
+def direct() -> Rig:
+    """With a disk of O_DIRECT."""
+    return Rig(LentDisk(alignment=512))
+
+
+def test_an_o_direct_disk_gets_depth(direct: Rig) -> None:
+    for number in range(12):
+        direct.ram.data[DATA + 4096 * number] = number
+        direct.submit(1, Nvm.WRITE, nsid=1, cdw10=number, prp1=DATA + 4096 * number)
+    direct.drain()
+    assert sorted(c.cid for c in direct.reap(1)) == list(range(direct.cid - 11, direct.cid + 1))
+    assert direct.disk.contents[: 12 * 512 : 512] == bytes(range(12))
+    assert not direct.in_python
+    assert direct.controller.pause(0)
+    assert direct.controller.logs.smart.write_commands == 12
+
+
+def test_what_an_o_direct_disk_cannot_take_is_pythons(direct: Rig) -> None:
+    assert direct.read(0, 1, prp1=DATA + 4) == 0
+    assert len(direct.disk.operations) == 1
+    assert direct.read(0, 1) == 0
+    assert len(direct.disk.operations) == 1
+
+
+@pytest.mark.parametrize("alignment", [1, 512])
+def test_what_the_file_fails_is_done_again_by_the_back_end(alignment: int) -> None:
+    """In the order of submission, and each command completes once."""
+    rig = Rig(LentDisk(alignment=alignment))
+    rig.disk.lent_fd = os.open("/dev/null", os.O_RDONLY)
+    try:
+        cids = [rig.submit(1, Nvm.WRITE, nsid=1, cdw10=number) for number in range(9)]
+        rig.drain()
+        found = rig.reap(1)
+        assert sorted((c.cid, c.status) for c in found) == [(cid, 0) for cid in cids]
+        assert len(rig.disk.operations) == 9
+        assert rig.controller.held == 0
+    finally:
+        rig.controller.pause(0)
+        os.close(rig.disk.lent_fd)
 
 
 def test_a_kick_before_the_wait_is_not_lost() -> None:

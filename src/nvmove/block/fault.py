@@ -196,7 +196,7 @@ class FaultyBackend:
             file.release()
             self._rules.stop_bypass(revoke)
 
-        return Loan(file.fd, release, writable=file.writable, zeroes=file.zeroes)
+        return Loan(file.fd, release, writable=file.writable, zeroes=file.zeroes, alignment=file.alignment)
 
     @property
     def size(self) -> int:

@@ -13,6 +13,8 @@ class LentFile(Protocol):
     writable: bool
     zeroes: bool
     """Without a file: reads give zeroes."""
+    alignment: int
+    """What offsets, lengths and memory must be multiples of (O_DIRECT), or 1."""
 
     def release(self) -> None:
         """Give it back, once."""
@@ -34,10 +36,13 @@ class LendsFile(Protocol):
 class Loan:
     """A `LentFile`; `release` is what ends it."""
 
-    def __init__(self, fd: int, release: Callable[[], None], *, writable: bool, zeroes: bool = False) -> None:
+    def __init__(
+        self, fd: int, release: Callable[[], None], *, writable: bool, zeroes: bool = False, alignment: int = 1
+    ) -> None:
         self.fd = fd
         self.writable = writable
         self.zeroes = zeroes
+        self.alignment = alignment
         self._release = release
 
     def release(self) -> None:

@@ -73,7 +73,10 @@ class RawBackend:
             try:
                 error = refusal(request, self._size, self._options.read_only)
                 if not error:
+                    alignment = self._transfer.alignment
                     self._perform(detect_zeroes(request, self._options))
+                    if self._transfer.alignment != alignment:
+                        self._gate.revoke()
             except OSError as failure:
                 error = failure.errno or errno.EIO
             finally:
@@ -83,11 +86,11 @@ class RawBackend:
     def lend(self, revoke: Callable[[], None]) -> LentFile | None:
         """Lend the file, as `LendsFile`, unless it is read and written in a special way."""
         options = self._options
-        if options.direct or options.detect_zeroes != "off" or self._gate.stay(revoke):
+        if options.detect_zeroes != "off" or self._gate.stay(revoke):
             return None
         # Without a write cache each write goes through `submit`, which makes it durable.
         writable = not options.read_only and (options.writeback or options.no_flush)
-        return Loan(self._fd, lambda: self._gate.depart(revoke), writable=writable)
+        return Loan(self._fd, lambda: self._gate.depart(revoke), writable=writable, alignment=self._transfer.alignment)
 
     def refresh_size(self) -> int:
         """Look at the size again and return it; the old one stays when it cannot be read."""

@@ -23,6 +23,12 @@ cdef extern from "ring.h" nogil:
         uint8_t shift
         uint8_t writable
         uint8_t zeroes
+        uint32_t alignment
+
+    cdef struct ring_slot:
+        uint8_t sqe[64]
+        uint32_t order
+        uint32_t failed
 
     cdef struct ring_counts:
         uint64_t reads
@@ -74,8 +80,8 @@ cdef extern from "ring.h" nogil:
         uint32_t fetched
         uint32_t executing
         ring_counts counts
-        uint32_t last_region
-        uint32_t unsignalled
+        ring_slot *slots
+        uint32_t in_flight
         uint32_t state
         uint32_t stop
         uint32_t rung
@@ -84,12 +90,15 @@ cdef extern from "ring.h" nogil:
 
     int ring_init(c_ring *ring)
     void ring_destroy(c_ring *ring)
+    int ring_open_disks(c_ring *ring)
+    int ring_begin(c_ring *ring)
     int ring_set_tail(c_ring *ring, uint32_t tail)
     int ring_set_head(c_ring *ring, uint32_t head)
     void ring_revoke(c_ring *ring)
     int ring_take(c_ring *ring)
     void ring_kick(c_ring *ring)
     void ring_mute(c_ring *ring)
+    int RING_SLOTS
     ring_reason ring_run(c_ring *ring, int may_wait)
     void ring_wait(c_ring *ring)
 
@@ -150,7 +159,9 @@ cdef class Ring:
         self.ring.stop = 0
 
     def lend(self, terms):
-        """Take the queue pair over as `terms` say."""
+        """Take the queue pair over as `terms` say; False where that cannot be."""
+        if any(disk.alignment > 1 for disk in terms.disks.values()) and ring_open_disks(&self.ring):
+            return False
         self._take_memory(terms.memory)
         self._take_disks(terms.disks)
         self.terms = terms
@@ -164,12 +175,13 @@ cdef class Ring:
         ring.sq_head, ring.cq_tail, ring.phase = terms.sq_head, terms.cq_tail, terms.cq_phase
         set_up(&ring.tail, terms.sq_tail, terms.tail)
         set_up(&ring.head, terms.cq_head, terms.head)
-        ring.fetched = 0
-        ring.counts.reads = ring.counts.bytes_read = ring.counts.writes = ring.counts.bytes_written = 0
-        ring.last_region = ring.unsignalled = ring.owed = 0
+        if not ring_begin(ring):
+            self.terms = None
+            return False
         ring.interrupt = terms.interrupt is not None
         ring.interrupt_fd = -1 if terms.interrupt is None else terms.interrupt
         ring.state = RING_RUNNING
+        return True
 
     cdef _take_memory(self, memory):
         cdef ring_region *regions = <ring_region *>PyMem_Calloc(max(len(memory), 1), sizeof(ring_region))
@@ -196,6 +208,7 @@ cdef class Ring:
             entry.present = 1
             entry.blocks, entry.shift = disk.blocks, disk.block_shift
             entry.writable, entry.fd, entry.zeroes = disk.writable, disk.fd, disk.zeroes
+            entry.alignment = disk.alignment
 
     def take(self):
         """Take the queue pair back at once if the loop sleeps; return whether it did."""
@@ -233,8 +246,19 @@ cdef class Ring:
 
     @property
     def executing(self):
-        """Commands being executed: 0 or 1."""
-        return self.ring.executing
+        """Commands under way."""
+        return self.ring.executing + self.ring.in_flight
+
+    def failed(self):
+        """Return the commands that the disk failed: which since `lend`, and their SQEs."""
+        if self.ring.slots == NULL:
+            return []
+        found = []
+        for index in range(RING_SLOTS):
+            slot = &self.ring.slots[index]
+            if slot.failed:
+                found.append((slot.order, <bytes>(<char *>slot.sqe)[:64]))
+        return found
 
     @property
     def owed(self):

@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <sched.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -71,6 +72,7 @@ int ring_init(struct ring *ring)
 {
     memset(ring, 0, sizeof *ring);
     ring->interrupt_fd = -1;
+    ring->uring.fd = -1;
     ring->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (ring->wake_fd < 0)
         return errno;
@@ -79,10 +81,46 @@ int ring_init(struct ring *ring)
 
 void ring_destroy(struct ring *ring)
 {
+    uring_close(&ring->uring);
+    free(ring->slots);
     if (ring->wake_fd >= 0)
         close(ring->wake_fd);
     ring->wake_fd = -1;
     pthread_mutex_destroy(&ring->signalling);
+}
+
+/* Make what O_DIRECT disks want; return 0 or an errno. */
+int ring_open_disks(struct ring *ring)
+{
+    int error;
+
+    if (ring->slots)
+        return 0;
+    error = uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
+    if (error)
+        return error;
+    ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
+    if (!ring->slots) {
+        uring_close(&ring->uring);
+        return ENOMEM;
+    }
+    return 0;
+}
+
+/* Set the loop's own fields up for a lease; 0: the completion queue is not in guest memory. */
+int ring_begin(struct ring *ring)
+{
+    ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
+    ring->in_flight = ring->failed = 0;
+    memset(&ring->counts, 0, sizeof ring->counts);
+    for (uint32_t i = 0; i < RING_SLOTS; i++) {
+        ring->free_slots[i] = i;
+        if (ring->slots)
+            ring->slots[i].failed = 0;
+    }
+    ring->free_count = RING_SLOTS;
+    ring->completions = region_at(ring, ring->cq_address, (uint64_t)ring->cq_size * CQE_SIZE, 1);
+    return ring->completions != NULL;
 }
 
 /* --- sleeping and waking ----------------------------------------------------------------------------------------- */
@@ -248,8 +286,10 @@ void ring_mute(struct ring *ring)
 static uint32_t available(struct ring *ring)
 {
     uint32_t count = distance(ring->sq_head, ring->tail.seen, ring->sq_size);
-    uint32_t free = ring->cq_size - 1 - distance(ring->head.seen, ring->cq_tail, ring->cq_size);
+    uint32_t free = ring->cq_size - 1 - distance(ring->head.seen, ring->cq_tail, ring->cq_size) - ring->in_flight;
 
+    if (ring->slots && free > ring->free_count)
+        free = ring->free_count;
     if (count > ring->sq_size - ring->sq_head)
         count = ring->sq_size - ring->sq_head;
     if (count > free)
@@ -275,35 +315,33 @@ static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, i
     return done;
 }
 
-/* Run a read or a write to its success; 0: this one is for Python, which may do it all again. */
-static int execute(struct ring *ring, const struct sqe *sqe)
+/* Give a command to an O_DIRECT disk; 0: it is not as such a disk wants it. */
+static int start(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk, int count, uint64_t length)
 {
-    int is_read = sqe->opcode == OPCODE_READ, count;
-    const struct ring_disk *disk;
-    uint64_t lba, blocks, length;
+    uint32_t index = ring->free_slots[ring->free_count - 1];
+    struct ring_slot *slot = &ring->slots[index];
+    uint64_t bits = 0, lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
 
-    if ((!is_read && sqe->opcode != OPCODE_WRITE) || sqe->flags || sqe->nsid >= ring->disk_count)
+    if (count > SLOT_IOVECS)
         return 0;
-    disk = &ring->disks[sqe->nsid];
-    if (!disk->present || sqe->cdw12 & ~(NLB_MASK | LIMITED_RETRY))
+    for (int i = 0; i < count; i++)
+        bits |= (uintptr_t)ring->iovecs[i].iov_base | ring->iovecs[i].iov_len;
+    if (bits & (disk->alignment - 1))
         return 0;
-    if (!is_read && (!disk->writable || ring->durable))
-        return 0;
-    lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
-    blocks = (sqe->cdw12 & NLB_MASK) + 1;
-    length = blocks << disk->shift;
-    if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
-        return 0;
-    count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
-    if (count <= 0)
-        return 0;
-    if (disk->fd >= 0) {
-        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length)
-            return 0;
-    } else if (is_read && disk->zeroes) {
-        for (int i = 0; i < count; i++)
-            memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
-    }
+    ring->free_count--;
+    store(ring->in_flight, ring->in_flight + 1);
+    memcpy(slot->sqe, sqe, SQE_SIZE);
+    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
+    slot->order = ring->fetched;
+    slot->failed = 0;
+    slot->length = length;
+    uring_prepare(&ring->uring, sqe->opcode == OPCODE_READ, disk->fd, slot->iovecs, (uint32_t)count,
+                  lba << disk->shift, index);
+    return 1;
+}
+
+static void count_command(struct ring *ring, int is_read, uint64_t length)
+{
     if (is_read) {
         store(ring->counts.bytes_read, ring->counts.bytes_read + length);
         store(ring->counts.reads, ring->counts.reads + 1);
@@ -311,27 +349,107 @@ static int execute(struct ring *ring, const struct sqe *sqe)
         store(ring->counts.bytes_written, ring->counts.bytes_written + length);
         store(ring->counts.writes, ring->counts.writes + 1);
     }
-    return 1;
 }
 
-/* Post a success. The positions move first: who sees the entry may ring a doorbell that builds on them. */
-static void post(struct ring *ring, struct cqe *entry, uint16_t cid)
-{
-    uint32_t phase = ring->phase, next = ring->cq_tail + 1, head = ring->sq_head + 1;
+enum outcome { FOR_PYTHON, DONE, STARTED };
 
-    if (head == ring->sq_size)
-        head = 0;
-    store(ring->sq_head, head);
+/* Run a read or a write to its success, or start it. FOR_PYTHON: nothing was done that may not be done again. */
+static enum outcome execute(struct ring *ring, const struct sqe *sqe)
+{
+    int is_read = sqe->opcode == OPCODE_READ, count;
+    const struct ring_disk *disk;
+    uint64_t lba, blocks, length;
+
+    if ((!is_read && sqe->opcode != OPCODE_WRITE) || sqe->flags || sqe->nsid >= ring->disk_count)
+        return FOR_PYTHON;
+    disk = &ring->disks[sqe->nsid];
+    if (!disk->present || sqe->cdw12 & ~(NLB_MASK | LIMITED_RETRY))
+        return FOR_PYTHON;
+    if (!is_read && (!disk->writable || ring->durable))
+        return FOR_PYTHON;
+    lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
+    blocks = (sqe->cdw12 & NLB_MASK) + 1;
+    length = blocks << disk->shift;
+    if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
+        return FOR_PYTHON;
+    count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
+    if (count <= 0)
+        return FOR_PYTHON;
+    if (disk->fd >= 0 && disk->alignment > 1)
+        return start(ring, sqe, disk, count, length) ? STARTED : FOR_PYTHON;
+    if (disk->fd >= 0) {
+        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length)
+            return FOR_PYTHON;
+    } else if (is_read && disk->zeroes) {
+        for (int i = 0; i < count; i++)
+            memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
+    }
+    count_command(ring, is_read, length);
+    return DONE;
+}
+
+/* The entry at the head is fetched. */
+static void advance(struct ring *ring)
+{
+    uint32_t head = ring->sq_head + 1;
+
+    store(ring->sq_head, head == ring->sq_size ? 0 : head);
     store(ring->fetched, ring->fetched + 1);
+}
+
+/* Post a success. The tail moves first: who sees the entry may ring a doorbell that builds on it. */
+static void post(struct ring *ring, uint16_t cid)
+{
+    struct cqe *entry = (struct cqe *)(ring->completions + (uint64_t)ring->cq_tail * CQE_SIZE);
+    uint32_t phase = ring->phase, next = ring->cq_tail + 1;
+
     if (next == ring->cq_size) {
         next = 0;
         store(ring->phase, phase ^ 1);
     }
     store(ring->cq_tail, next);
     entry->dw0 = entry->dw1 = 0;
-    entry->sq_head = (uint16_t)head;
+    entry->sq_head = (uint16_t)ring->sq_head;
     entry->sqid = ring->sqid;
     store(entry->cid_and_status, cid | phase << 16);
+    ring->unsignalled++;
+}
+
+/* Take what has ended at O_DIRECT disks: successes are posted, the rest is for Python. */
+static void collect(struct ring *ring)
+{
+    uint64_t index;
+    int32_t result;
+
+    while (uring_reap(&ring->uring, &index, &result)) {
+        struct ring_slot *slot = &ring->slots[index];
+        struct sqe sqe;
+
+        memcpy(&sqe, slot->sqe, sizeof sqe);
+        store(ring->in_flight, ring->in_flight - 1);
+        if (result >= 0 && (uint64_t)result == slot->length) {
+            count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
+            ring->free_slots[ring->free_count++] = (uint32_t)index;
+            post(ring, sqe.cid);
+        } else {
+            slot->failed = 1;
+            ring->failed++;
+        }
+    }
+}
+
+/* Start what is prepared; what cannot be started is for Python. */
+static void submit(struct ring *ring)
+{
+    uint64_t index;
+
+    if (!ring->uring.pending || !uring_submit(&ring->uring))
+        return;
+    while (uring_drop(&ring->uring, &index)) {
+        store(ring->in_flight, ring->in_flight - 1);
+        ring->slots[index].failed = 1;
+        ring->failed++;
+    }
 }
 
 /* Run `count` commands from the head; 0: the one that is at the head now is for Python. */
@@ -345,30 +463,28 @@ static int run_batch(struct ring *ring, uint32_t count)
         return 0;
     memcpy(batch, entries, (size_t)count * SQE_SIZE);
     for (uint32_t i = 0; i < count; i++) {
-        struct cqe *slot;
-        int done;
+        enum outcome outcome;
 
         if (load(ring->stop))
             return 1;
-        slot = region_at(ring, ring->cq_address + (uint64_t)ring->cq_tail * CQE_SIZE, CQE_SIZE, 1);
-        if (!slot)
-            return 0;
         store(ring->executing, 1);
-        done = execute(ring, &batch[i]);
+        outcome = execute(ring, &batch[i]);
         store(ring->executing, 0);
-        if (!done)
+        if (outcome == FOR_PYTHON)
             return 0;
-        post(ring, slot, batch[i].cid);
+        advance(ring);
+        if (outcome == STARTED)
+            continue;
         if (ring->interrupt && i + 1 < count) {
             int64_t now = now_ns();
 
             if (!ring->unsignalled)
                 ring->unsignalled_since = now;
-            ring->unsignalled++;
+            post(ring, batch[i].cid);
             if (now - ring->unsignalled_since > SIGNAL_AFTER_NS)
                 announce(ring);
         } else {
-            ring->unsignalled++;
+            post(ring, batch[i].cid);
         }
     }
     return 1;
@@ -423,40 +539,59 @@ static int sleep_well(struct ring *ring)
     return __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
+/* Wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot be taken meanwhile. */
+static void wait_for_disks(struct ring *ring, int is_ending)
+{
+    store_strict(ring->dozing, 1);
+    if (!uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))))
+        doze(ring);
+    store_strict(ring->dozing, 0);
+}
+
 /* Run commands until there is a reason to come back. Without `may_wait` having nothing to do is one: the ring is lent
  * still, and asleep. */
 enum ring_reason ring_run(struct ring *ring, int may_wait)
 {
     uint32_t asleep = RING_ASLEEP;
-    int was_busy = 0;
+    int was_busy = 0, is_odd = 0;
 
     __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     if (load_strict(ring->state) != RING_RUNNING)
         return RING_GONE;
     for (;;) {
-        uint32_t count;
-        int go_on;
+        uint32_t count = 0;
 
         store_strict(ring->rung, 0);
-        if (load_strict(ring->stop))
-            return RING_REVOKED;
-        if (!look_at_both(ring))
-            return RING_ODD;
-        count = available(ring);
-        if (count) {
-            was_busy = 1;
-            go_on = run_batch(ring, count);
-            announce(ring);
-            if (!go_on)
-                return RING_ODD;
+        if (ring->in_flight)
+            collect(ring);
+        if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
+            is_odd = !look_at_both(ring);
+            count = is_odd ? 0 : available(ring);
+            if (count)
+                is_odd = !run_batch(ring, count);
+        }
+        submit(ring);
+        announce(ring);
+        if (is_odd || ring->failed || load_strict(ring->stop)) {
+            if (!ring->in_flight)
+                return is_odd || ring->failed ? RING_ODD : RING_REVOKED;
+            wait_for_disks(ring, 1);
             continue;
         }
-        if (may_wait && was_busy && spin(ring))
+        if (count) {
+            was_busy = 1;
+            continue;
+        }
+        if (may_wait && was_busy && !ring->in_flight && spin(ring))
             continue;
         was_busy = 0;
         arm(ring);
         if (!look_at_both(ring) || available(ring))
             continue;
+        if (ring->in_flight) {
+            wait_for_disks(ring, 0);
+            continue;
+        }
         store_strict(ring->state, RING_ASLEEP);
         if (!may_wait)
             return RING_IDLE;

@@ -14,8 +14,12 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "uring.h"
+
 #define RING_BATCH 16    /* entries fetched at a time */
 #define RING_IOVECS 1024 /* of one command; Linux takes no more (IOV_MAX) */
+#define RING_SLOTS 128   /* commands at the disk at a time */
+#define SLOT_IOVECS 264  /* of one of those: 1 MiB in pages, and some */
 
 /* A run of guest memory [start, end), here at `base`. */
 struct ring_region {
@@ -32,6 +36,16 @@ struct ring_disk {
     uint8_t shift;   /* log2 of a block's bytes */
     uint8_t writable;
     uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
+    uint32_t alignment; /* > 1: O_DIRECT, to be read and written through io_uring, memory and lengths in multiples */
+};
+
+/* A command at the disk, or one that came back from there with an error. */
+struct ring_slot {
+    uint8_t sqe[64];
+    uint32_t order; /* which since the ring was lent */
+    uint32_t failed;
+    uint64_t length;
+    struct iovec iovecs[SLOT_IOVECS];
 };
 
 /* Where the values of a doorbell come from: `told`, by the control thread, or a cell in memory that the host writes. */
@@ -57,7 +71,7 @@ enum ring_reason {
     RING_IDLE,    /* nothing to do, and the caller did not want to wait */
     RING_REVOKED, /* it was asked to: to be given back */
     RING_GONE,    /* it was taken back while asleep */
-    RING_ODD,     /* the command at the head is for Python, or a doorbell in memory has a value that cannot be */
+    RING_ODD,     /* the command at the head, or one that failed, is for Python; or a doorbell in memory cannot be */
 };
 
 /* How much was done since the ring was lent. */
@@ -84,6 +98,12 @@ struct ring {
     uint32_t sq_head, cq_tail, phase, fetched, executing;
     struct ring_counts counts;
     uint32_t last_region;
+    struct ring_slot *slots; /* NULL: no O_DIRECT disk so far */
+    struct uring uring;
+    uint32_t free_slots[RING_SLOTS];
+    uint32_t free_count; /* RING_SLOTS less those in flight or failed */
+    uint32_t in_flight, failed;
+    uint8_t *completions; /* the completion queue, here */
     uint32_t unsignalled; /* completions that the host was not told of */
     int64_t unsignalled_since;
     uint32_t misses; /* busy waits in a row that met no command */
@@ -109,6 +129,10 @@ void ring_revoke(struct ring *ring);
 int ring_take(struct ring *ring);
 void ring_kick(struct ring *ring);
 void ring_mute(struct ring *ring);
+
+/* Before a lease. */
+int ring_open_disks(struct ring *ring);
+int ring_begin(struct ring *ring);
 
 /* The ring's own thread, without the GIL. */
 enum ring_reason ring_run(struct ring *ring, int may_wait);

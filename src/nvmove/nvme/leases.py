@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from nvmove.block.lend import LendsFile, LentFile
 from nvmove.nvme.activity import Callback
+from nvmove.nvme.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
-from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
+from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
 from nvmove.nvme.seams import (
     Borrower,
     LeaseTerms,
@@ -29,6 +30,7 @@ from nvmove.nvme.seams import (
     LentInterrupt,
     LentMemory,
 )
+from nvmove.nvme.spec import Status
 
 if TYPE_CHECKING:
     from nvmove.nvme.controller import Controller
@@ -45,6 +47,8 @@ class _Lease:
         self.sq = sq
         self.borrower = borrower
         self.permits = 0
+        self.first = 0
+        """Commands that the queue had fetched before."""
         self.fetched = 0
         """What the queue knows of the borrower's fetched commands."""
         self.counted = (0, 0, 0, 0)
@@ -123,8 +127,15 @@ class Leases:
             if file is None:
                 raise _Refused
             lease.files.append(file)
+            if namespace.block_size % file.alignment:  # a write of less than the disk's block is the back end's
+                raise _Refused
             disks[namespace.nsid] = LentDisk(
-                file.fd, namespace.blocks, namespace.block_shift, file.writable and not namespace.read_only, file.zeroes
+                file.fd,
+                namespace.blocks,
+                namespace.block_shift,
+                file.writable and not namespace.read_only,
+                file.zeroes,
+                file.alignment,
             )
         if not isinstance(controller.memory, LendsMemory):
             raise _Refused
@@ -171,7 +182,9 @@ class Leases:
 
     def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
         sq, cq = lease.sq, lease.sq.cq
-        lease.borrower.lend(terms)
+        if not lease.borrower.lend(terms):
+            raise _Refused
+        lease.first = sq.fetched
         lease.permits = cq.reserve(cq.size)
         sq.borrower = cq.borrower = lease.borrower
         self._controller.activity.enter(sq)
@@ -186,7 +199,9 @@ class Leases:
         lease.borrower.end()
         sq.borrower = cq.borrower = None
         cq.release(lease.permits)
+        lost: list[tuple[Command, Status]] = []
         if sq.epoch == controller.epoch:
+            lost = self._keep_failed(lease)
             if lease.borrower.owed:
                 controller.notify(cq)
             for sqid in cq.sqs - {sq.sqid}:  # created meanwhile: they waited for room
@@ -194,6 +209,8 @@ class Leases:
 
         def release() -> None:
             lease.release()
+            for command, status in lost:
+                command.complete(status, dnr=status is Status.COMMAND_ID_CONFLICT)
             with self._lock:
                 after = controller.activity.leave(sq)
                 self._ended.notify_all()
@@ -201,6 +218,22 @@ class Leases:
                 callback()
 
         return release
+
+    def _keep_failed(self, lease: _Lease) -> list[tuple[Command, Status]]:
+        """Have what the disk failed tried again by Python, first of all; return what cannot be, and its status."""
+        controller, sq = self._controller, lease.sq
+        lost: list[tuple[int, bytes, Status]] = []
+        for order, sqe in lease.borrower.failed():
+            held = HeldCommand(lease.first + order, sqe, ready=True)
+            if controller.sqs.get(sq.sqid) is not sq:
+                lost.append((held.order, sqe, Status.ABORTED_SQ_DELETION))
+            elif any(held.cid == other.cid for other in sq.held):
+                lost.append((held.order, sqe, Status.COMMAND_ID_CONFLICT))
+            elif not controller.registers.shutdown_status:  # a shutdown drops what is held
+                sq.hold(held)
+        count = sq.cq.reserve(len(lost))
+        controller.activity.enter(sq, count)
+        return [(Command(controller, sq, sqe, order), status) for order, sqe, status in lost[:count]]
 
     def _copy(self, lease: _Lease) -> None:
         """Bring positions and counters up to date here."""

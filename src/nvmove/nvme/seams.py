@@ -124,6 +124,8 @@ class LentDisk(NamedTuple):
     writable: bool
     zeroes: bool = False
     """Without a file: reads give zeroes, and do not leave memory as it is."""
+    alignment: int = 1
+    """More: O_DIRECT, which wants memory and lengths in such multiples. Slow: it needs depth."""
 
 
 class LentDoorbell(NamedTuple):
@@ -175,8 +177,8 @@ class Borrower(Protocol):
     def prepare(self) -> None:
         """A lease is about to begin: what is revoked from now on counts."""
 
-    def lend(self, terms: LeaseTerms) -> None:
-        """Take the queue pair over."""
+    def lend(self, terms: LeaseTerms) -> bool:
+        """Take the queue pair over; False where it cannot be run so."""
 
     def take(self) -> bool:
         """Take the queue pair back at once, if nothing of it is under way; return whether that is so."""
@@ -207,6 +209,9 @@ class Borrower(Protocol):
     @property
     def owed(self) -> bool:
         """Whether an interrupt could not be sent because it was revoked."""
+
+    def failed(self) -> list[tuple[int, bytes]]:
+        """Return the commands that the disk failed, which are not completed: which since `lend`, and their SQEs."""
 
     # From any thread, with any lock held.
 

@@ -1,0 +1,35 @@
+/* A small io_uring (io_uring(7)) for files that are opened with O_DIRECT: without depth such a disk is slow. */
+#ifndef NVMOVE_URING_H
+#define NVMOVE_URING_H
+
+#include <linux/io_uring.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+struct uring {
+    int fd; /* < 0: not open */
+    uint32_t pending; /* prepared and not submitted */
+    uint32_t *sq_head, *sq_tail, *sq_array, sq_mask, sq_entries;
+    uint32_t *cq_head, *cq_tail, cq_mask;
+    struct io_uring_sqe *sqes;
+    struct io_uring_cqe *cqes;
+    void *rings;
+    uint64_t rings_size, sqes_size;
+};
+
+/* Open one for `entries` requests, which tells `event_fd` of each that ends; return 0 or an errno. */
+int uring_open(struct uring *uring, uint32_t entries, int event_fd);
+void uring_close(struct uring *uring);
+
+/* Prepare a read or a write; the caller never has more than `entries` under way. `iovecs` stay until it ends. */
+void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
+                   uint64_t id);
+/* Start what is prepared; return 0 or an errno, and then nothing of it was started that was not before. */
+int uring_submit(struct uring *uring);
+/* Forget one that is prepared and not submitted; return whether there was one. */
+int uring_drop(struct uring *uring, uint64_t *id);
+/* Take one that ended; return whether there was one. `result` is a count of bytes, or -errno. */
+int uring_reap(struct uring *uring, uint64_t *id, int32_t *result);
+int uring_has_ended(const struct uring *uring);
+
+#endif
