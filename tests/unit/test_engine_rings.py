@@ -193,6 +193,7 @@ def test_smart_and_inspect_see_what_is_lent(rig: Rig) -> None:
     tree = rig.controller.inspect()
     assert tree["sqs"][1]["head"] == 2
     assert tree["live"]["in_flight"][1] == 0
+    assert tree["live"]["lent"] == [1]
     assert rig.controller.pause(0)
     assert rig.controller.logs.smart.bytes_read == 2048
 

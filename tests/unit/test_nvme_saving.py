@@ -331,6 +331,7 @@ def test_inspect_shows_a_running_controller() -> None:
         "paused": False,
         "resetting": False,
         "doorbell_writes": 5,
+        "lent": [],
         "in_flight": {0: 0, 1: 1},
     }
     assert tree["sqs"][1]["sqid"] == 1

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -302,11 +303,10 @@ static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, i
     const struct iovec *iovecs = ring->iovecs;
     ssize_t done;
 
+    /* libc's pread and pwrite are cancellation points, which costs 4 % of a read of 4 KiB. */
     do {
-        if (count == 1 && is_read)
-            done = pread(disk->fd, iovecs->iov_base, iovecs->iov_len, offset);
-        else if (count == 1)
-            done = pwrite(disk->fd, iovecs->iov_base, iovecs->iov_len, offset);
+        if (count == 1)
+            done = syscall(is_read ? SYS_pread64 : SYS_pwrite64, disk->fd, iovecs->iov_base, iovecs->iov_len, offset);
         else if (is_read)
             done = preadv(disk->fd, iovecs, count, offset);
         else

@@ -369,6 +369,7 @@ def inspect(controller: Controller) -> dict[str, Any]:
         "paused": controller.paused,
         "resetting": bool(controller.resetting),
         "doorbell_writes": controller.doorbells.writes,
+        "lent": [sqid for sqid, sq in sorted(controller.sqs.items()) if sq.borrower is not None],
         "in_flight": {sqid: controller.leases.in_flight(sq) for sqid, sq in sorted(controller.sqs.items())},
     }
     return tree
