@@ -75,14 +75,15 @@ class Incoming:
     async def arrived(self) -> None:
         """Wait until the VM has arrived, and bring it into its state. Raises UserError: it cannot run here."""
         await self._arrived
+        tells = self._capabilities.user(EVENTS)
         async with self._runstate.lock:
             try:
+                await self._capabilities.restore()  # before the VM runs: it may be sent on at once
                 await self._finish()
             except (ReplayError, DmaError, QmpError) as error:
                 raise UserError(f"the VM has arrived and cannot run here: {error}") from None
-        if self._completion is not None and self._capabilities.user(EVENTS):
+        if self._completion is not None and tells:
             self._facade.emit(self._completion)
-        await self._capabilities.restore()
 
     async def _finish(self) -> None:
         for device in self._devices:

@@ -132,6 +132,8 @@ class Migration:
                 await self._start(arguments)
 
     async def _check(self, arguments: Mapping[str, Any]) -> None:
+        if self._runstate.autostart is not None:
+            raise QmpError("GenericError", "Guest is waiting for an incoming migration")
         if arguments.get("resume"):
             raise QmpError("GenericError", f"migrate: nothing to resume: {_NO_POSTCOPY}")
         if any(channel.get("channel-type") == "cpr" for channel in _channels(arguments)):
@@ -270,12 +272,11 @@ class Migration:
         self.stage = Stage.ENDING
         try:
             await self._track(False)
+            await self._capabilities.restore()
             if not is_complete:
                 await self._images.take()
-            await self._capabilities.restore()
-        except BackendError as error:
+        except (BackendError, QmpError) as error:
             log.error("%s", error)
-            await self._capabilities.restore()
         except QemuGone:
             log.debug("QEMU ended with the migration")
         finally:

@@ -130,6 +130,7 @@ def test_a_vm_that_ran_runs_when_its_pci_state_and_its_images_are_there() -> Non
         assert bench.runstate.to_save == "running"
         assert bench.runstate.autostart is None
         assert not bench.events
+        assert bench.qemu.requests[-1]["execute"] == "cont"  # nothing of ours is left to do when it runs
 
     with_bench(test)
 

@@ -319,6 +319,9 @@ def test_what_cannot_be_is_refused_at_the_start_and_nothing_was_done() -> None:
         bench.capabilities["postcopy-ram"] = True  # by -global
         assert "'postcopy-ram' is not supported" in await bench.refused("migrate", URI)
         bench.capabilities["postcopy-ram"] = False
+        bench.runstate.autostart = False
+        assert await bench.refused("migrate", URI) == "Guest is waiting for an incoming migration"
+        bench.runstate.autostart = None
         bench.mode = "cpr-reboot"
         assert "mode 'cpr-reboot' is not supported" in await bench.refused("migrate", URI)
         bench.mode = "normal"
