@@ -22,14 +22,16 @@ import pytest
 from nvmove.block.config import OpenOptions
 from nvmove.block.raw import open_raw
 from nvmove.device import NvmeDevice
+from nvmove.lab.fio import Fio
 from nvmove.lab.machine import Machine
+from nvmove.lab.migration import ENDED, Traveller, wait_run_state, wait_status
 from nvmove.lab.sysroot import Sysroot
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.vfio.dirty import DirtyReport
 from nvmove.vm.pciaddress import find
 from nvmove.vm.replay import read_msix_table, replay
 from nvmove.vmstate.bus import VMStateBus
-from tests.guest.conftest import clean_machine
+from tests.guest.conftest import MachineFactory, clean_machine, disk, make_image
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -179,3 +181,26 @@ def test_a_page_cache_filled_by_dma_during_pre_copy_arrives(tree: Sysroot, work:
         found = console.check("md5sum /dev/nvme0n1").split()[0]
         assert (found == hashlib.md5(content).hexdigest()) == (mode == MARKED)
         assert (report.pages > 0) == (mode == MARKED)
+
+
+def test_a_driver_unbound_during_pre_copy_does_not_stop_the_migration(
+    machines: MachineFactory, tree: Sysroot, work: Path
+) -> None:
+    """Its device may not write to memory any more; what it wrote before, completions at least, must arrive."""
+    arguments = ["-M", "q35", *disk(make_image(tree, work / "d0.raw"), device="addr=7")]
+    guest = Traveller(machines("m0"), arguments, machines)
+    guest.boot()
+    source, target = guest.machine, guest.destination()
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 4 * MIB})
+    target.qmp.execute("migrate-incoming", {"uri": guest.uri(target)})
+    source.qmp.execute("migrate", {"uri": guest.uri(target)})
+    source.console.check("dd if=/dev/nvme0n1 of=/dev/null bs=64k count=16 iflag=direct")
+    source.console.check("echo 0000:00:07.0 >/sys/bus/pci/drivers/nvme/unbind")
+    assert wait_status(source.qmp, "active")["status"] == "active"
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+    assert wait_status(source.qmp, *ENDED)["status"] == "completed"
+    assert source.qmp.execute("query-migrate")["nvmove-marking"]["pages"] > 0
+    wait_run_state(target.qmp, "running")
+    target.console.check("echo 0000:00:07.0 >/sys/bus/pci/drivers/nvme/bind")
+    target.console.check("until [ -b /dev/nvme0n1 ]; do sleep 0.1; done")
+    Fio("after", blocks=64).run(target.console)

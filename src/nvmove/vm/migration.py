@@ -223,7 +223,8 @@ class Migration:
                 if not await self._runstate.pause_devices():
                     return  # cancelled
                 await self._snapshots.before_save()
-                reports = await asyncio.gather(*(asyncio.to_thread(device.mark_dirty) for device in self._devices))
+                async with self._snapshots.bus_masters():
+                    reports = await asyncio.gather(*(asyncio.to_thread(device.mark_dirty) for device in self._devices))
             self._marking = DirtyReport(
                 sum(report.pages for report in reports),
                 sum(report.bytes for report in reports),

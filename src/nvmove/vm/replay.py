@@ -7,13 +7,15 @@ table is empty. All of it is restored here on a stopped VM, with the accesses a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Protocol
 
 from nvmove.vm.pciaddress import ConfigSpace, Hmp, PciAddress, ReplayError
 
 COMMAND = 0x04
+COMMAND_MASTER = 0x0004
 COMMAND_MEMORY_AND_MASTER = 0x0006
 COMMAND_INTX_DISABLE = 0x0400
 BAR0 = 0x10
@@ -107,6 +109,24 @@ async def _lower_intx(hmp: Hmp, bar: int) -> None:
     """
     for _ in range(2):
         await hmp(f"xp /1xw {bar:#x}")
+
+
+@contextlib.asynccontextmanager
+async def bus_master(hmp: Hmp, address: PciAddress, config: bytes) -> AsyncIterator[None]:
+    """Let the function write to guest memory in the body, though its guest may have switched that off: VM stopped.
+
+    A driver that was unbound, or a guest that boots anew, has left pages written before that.
+    """
+    command = word(config, COMMAND)
+    if command & COMMAND_MASTER:
+        yield
+        return
+    space = ConfigSpace(hmp, address)
+    await space.write16(COMMAND, command | COMMAND_MASTER)
+    try:
+        yield
+    finally:
+        await space.write16(COMMAND, command)
 
 
 async def replay(hmp: Hmp, address: PciAddress, device: Replayed) -> None:

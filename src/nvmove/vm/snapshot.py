@@ -7,13 +7,14 @@ load: stop the VM → devices at rest → QEMU's command (reset, then our D-Bus 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
 from nvmove.nvme.seams import DmaError
 from nvmove.vm.pciaddress import ReplayError, find
-from nvmove.vm.replay import Replayed, read_msix_table, replay
+from nvmove.vm.replay import Replayed, bus_master, read_msix_table, replay
 from nvmove.vm.runstate import Held, Monitor, Paused, RunState
 from nvmove.vmstate.bus import check_size
 from nvmove.vmstate.schema import StateError
@@ -100,6 +101,16 @@ class Snapshots:
                 check_size(device.id, await asyncio.to_thread(device.save))
         except StateError as error:
             raise SnapshotError(str(error)) from None
+
+    @contextlib.asynccontextmanager
+    async def bus_masters(self) -> AsyncIterator[None]:
+        """Let every device write to guest memory in the body; the VM is stopped."""
+        pci = await self._monitor.execute("query-pci")
+        async with contextlib.AsyncExitStack() as stack:
+            for device in self._devices:
+                where = find(pci, device.id)
+                await stack.enter_async_context(bus_master(self._monitor.hmp, where, device.pci_config))
+            yield
 
     async def after_load(self) -> None:
         """Give QEMU the devices' PCI state back; the VM is stopped."""

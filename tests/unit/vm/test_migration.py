@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
@@ -148,6 +149,10 @@ class Bench:
         if self.error is not None:
             raise self.error
         self.log.append("tables")
+
+    @contextlib.asynccontextmanager
+    async def bus_masters(self) -> AsyncIterator[None]:
+        yield
 
     def check_bus(self) -> None:
         if self.bus_error:
