@@ -15,6 +15,8 @@ from tests.rings import InlineRings, LentDisk, LentLines, LentRam
 
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
+from nvmove.nvme import admin
+from nvmove.nvme.seams import LeaseTerms
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, FUA, Admin, Log, Nvm, Register, Status
 
 LONG = 20
@@ -234,6 +236,61 @@ def test_an_abort_finds_what_waits_in_a_queue_that_is_lent(rig: Rig) -> None:
     rig.drain()
     found = {completion.cid: completion.status for completion in rig.reap(1)}
     assert found == {cids[0]: 0, cids[1]: Status.ABORT_REQUESTED, cids[2]: 0}
+
+
+class Hung:
+    """A borrower whose disk does not answer."""
+
+    owed = False
+    executing = 1
+    late = False, False
+
+    def __init__(self) -> None:
+        self.is_revoked = False
+
+    def prepare(self) -> None:
+        pass
+
+    def lend(self, terms: LeaseTerms) -> bool:
+        self.now = terms.sq_head, terms.sq_tail, terms.cq_head, terms.cq_tail, terms.cq_phase, 0
+        return True
+
+    def take(self) -> bool:
+        return False
+
+    def end(self) -> None:
+        pass
+
+    def set_tail(self, tail: int) -> bool:
+        return True
+
+    set_head = set_tail
+
+    def positions(self) -> tuple[int, int, int, int, int, int]:
+        return self.now
+
+    def counts(self) -> tuple[int, int, int, int]:
+        return 0, 0, 0, 0
+
+    def failed(self) -> list[tuple[int, bytes]]:
+        return []
+
+    def revoke(self) -> None:
+        self.is_revoked = True
+
+    def mute(self) -> None:
+        pass
+
+
+def test_an_abort_does_not_wait_for_a_disk_that_hangs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admin, "ABORT_WAIT", 0.01)
+    hung = Hung()
+    assert rig.controller.leases.lend(1, hung)
+    assert rig.admin(Admin.ABORT, cdw10=99 << 16 | 1).result & 1
+    assert hung.is_revoked
+    assert not rig.controller.pause(0)
+    rig.controller.leases.give_back(hung)
+    assert rig.controller.pause(0)
 
 
 def test_a_masked_interrupt_is_owed_until_it_has_a_way(rig: Rig) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CDW10, CDW11 = 40, 44
 """Parameter error locations: bytes in the SQE."""
+ABORT_WAIT = 1.0
+"""Seconds that an Abort waits for a queue that is lent: a host aborts because a disk hangs, and wants its answer."""
 ABORT_NOT_FOUND = 1
 """Bit 0 of Abort's dword 0: the command was not aborted (Base 5.1)."""
 
@@ -129,8 +131,8 @@ def _abort(controller: Controller, command: Command) -> None:
     if sqid == 0 and controller.abort_event_request(cid):
         command.complete()
         return
-    with controller.leases.suspended():  # what is lent cannot be looked through
-        found = controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid)
+    with controller.leases.suspended(sq, timeout=ABORT_WAIT) as is_back:  # what is lent cannot be looked through
+        found = is_back and (controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid))
     command.complete(result=0 if found else ABORT_NOT_FOUND)
 
 

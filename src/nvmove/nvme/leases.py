@@ -285,23 +285,28 @@ class Leases:
     # --- without the lock, and not for the control thread ------------------------------------------------------------
 
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Hold while nothing may be lent; on entry nothing is."""
-        self.bar()
+    def suspended(self, *queues: SubmissionQueue, timeout: float | None = None) -> Iterator[bool]:
+        """Hold while nothing may be lent; on entry none of `queues`, or of all, is: false if that takes too long."""
+        is_back = self.bar(*queues, timeout=timeout)
         try:
-            yield
+            yield is_back
         finally:
             self.unbar()
 
-    def bar(self) -> None:
-        """Lend nothing any more, until `unbar`; wait until nothing is lent."""
+    def bar(self, *queues: SubmissionQueue, timeout: float | None = None) -> bool:
+        """Lend nothing any more, until `unbar`; wait until none of `queues`, or of all, is lent; return whether so.
+
+        A disk that hangs keeps its queue for as long; `timeout` is in seconds.
+        """
         with self._lock:
             self._barred += 1
-            after = self.revoke()
+            after = self.revoke(*queues)
         for callback in after:
             callback()
         with self._lock:
-            self._ended.wait_for(lambda: not self._live)
+            return self._ended.wait_for(
+                lambda: not any(not queues or lease.sq in queues for lease in self._live.values()), timeout
+            )
 
     def unbar(self) -> None:
         """Undo one `bar`."""
