@@ -16,6 +16,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from nvmove.vmstate.schema import Json, Reader, StateError, Tree, VMStateDescription
 
 MAGIC = b"QEVM"
@@ -53,7 +55,7 @@ def dump(sections: Sequence[tuple[Section, VMStateDescription]]) -> bytes:
         out += bytes([SECTION_FOOTER]) + number.to_bytes(4, "big")
     out.append(EOF)
     described = {"page_size": PAGE_SIZE, "checksum": zlib.crc32(out), "devices": devices}
-    text = _padded(json.dumps(described, separators=(",", ":")).encode())
+    text = _padded(msgspec.json.encode(described))
     return bytes(out) + bytes([VMDESCRIPTION]) + len(text).to_bytes(4, "big") + text
 
 
