@@ -11,7 +11,7 @@ from nvmove.nvme.seams import Lender
 log = logging.getLogger(__name__)
 
 POLL = 50e-6
-"""Seconds that a worker looks at a doorbell in memory after its last command (docs/performance.md)."""
+"""Seconds that a worker looks at a doorbell in memory after its last command (docs/performance-doorbells.md)."""
 
 
 class PlainEngine:

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-SHORTEST, LONGEST = 100e-6, 2e-3
-"""Seconds between two looks: an idle device sees a doorbell after at most the longest (docs/performance.md)."""
+SHORTEST, LONGEST = 100e-6, 5e-3
+"""Seconds between two looks; an idle device sees a doorbell after the longest (docs/performance-doorbells.md)."""
 OFF = 20e-3
 """The same while nothing can be rung."""
 
