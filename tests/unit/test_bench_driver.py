@@ -77,30 +77,30 @@ def fields(job: Job) -> dict[str, Any]:
 
 def test_data_that_is_not_what_was_written_is_found(tmp_path: Path) -> None:
     with host(tmp_path, raw(tmp_path)) as driver, pytest.raises(InitiatorError, match="10 of 10 reads had wrong data"):
-        driver.run(Job(count=10, check=True))
+        driver.run(Job(count=10, check=True, seconds=60))
 
 
 def test_a_larger_block_size_is_kept_to(tmp_path: Path) -> None:
     with host(tmp_path, raw(tmp_path), logical_block_size=4096, physical_block_size=4096) as driver:
         assert (driver.block, driver.blocks) == (4096, SIZE // 4096)
-        job = Job(count=SIZE // 4096, sequential=True, check=True, read_percent=0, depth=4)
+        job = Job(count=SIZE // 4096, sequential=True, check=True, read_percent=0, depth=4, seconds=60)
         driver.run(job)
-        driver.run(Job(count=500, check=True, depth=4))
+        driver.run(Job(count=500, check=True, depth=4, seconds=60))
 
 
 def test_queues_run_side_by_side_on_parts_of_the_disk(tmp_path: Path) -> None:
     with host(tmp_path, null(), queues=3) as driver:
-        assert driver.run(Job(depth=4, count=300), (1, 2, 3)).commands == 900
+        assert driver.run(Job(depth=4, count=300, seconds=60), (1, 2, 3)).commands == 900
 
 
 def test_shadow_doorbells_save_messages(tmp_path: Path) -> None:
     with host(tmp_path, null(), kind=DoorbellKind.SHADOW) as driver:
-        assert driver.run(Job(depth=32, count=5000)).messages < 2500
+        assert driver.run(Job(depth=32, count=5000, seconds=60)).messages < 2500
 
 
 def test_mapped_doorbells_need_no_message(tmp_path: Path) -> None:
     with host(tmp_path, null(), kind=DoorbellKind.MAPPED, queues=2) as driver:
-        assert driver.run(Job(depth=32, count=5000), (1, 2)).messages == 0
+        assert driver.run(Job(depth=32, count=5000, seconds=60), (1, 2)).messages == 0
 
 
 def test_doorbells_that_the_device_has_not_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_doorbells_that_the_device_has_not_are_refused(tmp_path: Path, monkeypat
 
 def test_more_commands_than_a_ring_has_entries_wrap_around(tmp_path: Path) -> None:
     with host(tmp_path, null()) as driver:
-        assert driver.run(Job(depth=1023, count=3000)).commands == 3000
-        assert driver.run(Job(depth=2, count=3000)).commands == 3000
+        assert driver.run(Job(depth=1023, count=3000, seconds=60)).commands == 3000
+        assert driver.run(Job(depth=2, count=3000, seconds=60)).commands == 3000
 
 
 def test_reads_and_writes_mix(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_reads_and_writes_mix(tmp_path: Path) -> None:
             return None
 
     with host(tmp_path, Counting(NullConfig(size=SIZE), OpenOptions())) as driver:
-        driver.run(Job(depth=4, count=400, read_percent=50))
+        driver.run(Job(depth=4, count=400, read_percent=50, seconds=60))
     assert 100 < Counting.operations.count(Operation.READ) < 300
 
 
@@ -148,7 +148,7 @@ def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
         host(tmp_path, FaultyBackend(null(), rules, ["d0"])) as driver,
         pytest.raises(InitiatorError, match="1 of 20 commands failed"),
     ):
-        driver.run(Job(count=20))
+        driver.run(Job(count=20, seconds=60))
 
 
 def test_a_device_that_hangs_is_told(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_device_that_is_gone_is_told(tmp_path: Path) -> None:
     with host(tmp_path, null()) as driver:
         driver.client.close()
         with pytest.raises((InitiatorError, OSError)):
-            driver.run(Job(count=10))
+            driver.run(Job(count=10, seconds=60))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
