@@ -34,7 +34,7 @@ def bench(work: Path, kind: str) -> dict[str, Any]:
     assert found["conditions"].keys() >= {"nvmove", "processor", "processors", "kernel", "qemu", "load"}
     (section,) = found["sections"].values()
     for ratio in section["ratios"]:
-        assert ratio["value"] > 0
+        assert ratio["value"] >= 0  # processor time so short that it rounds to none
         assert ratio["held"] in {None, True, False}
     assert isinstance(section, dict)
     return section
