@@ -99,8 +99,8 @@ def test_an_abort_of_the_guests_finds_a_held_command_and_the_guest_goes_on(
         start(console, f"i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; {abort}", f"abort{seconds}")
         with main_loop_stopped(machine):
             qmp.execute("nvmove-fault-remove", {"id": rule})
-            assert qmp.wait_event("BLOCK_IO_ERROR")["data"]["action"] == "stop"
             time.sleep(seconds)
+        assert qmp.wait_event("BLOCK_IO_ERROR")["data"]["action"] == "stop"
         assert qmp.wait_event("STOP", "RESUME")["event"] == "STOP"
         assert (qmp.status, io_status(machine)) == ("io-error", "nospace")
         if not held_commands(machine, image, f"t{seconds}"):
