@@ -11,8 +11,9 @@ from nvmove.engine import loop
 from nvmove.engine.plain import PlainEngine, Worker
 from nvmove.nvme.seams import Lender
 
-SPIN_US = 50
-"""The longest busy wait for the next command; seldom where it was in vain, never without a command before."""
+SPIN_US = 200
+"""The longest busy wait for the next command; seldom where it was in vain, never without a command before. A guest
+under TCG takes over 100 µs from a completion to its next command (docs/performance.md)."""
 MANY = 16
 """Commands that Python runs before the loop is tried again, where the loop got nowhere."""
 
