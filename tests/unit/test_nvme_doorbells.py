@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from tests.nvme_host import CONFIG, Disk, Entries, Lines, Ring, sqe
+from tests.nvme_host import CONFIG, DATA, Disk, Entries, Lines, Ring, sqe
 from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam
 
 from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
-from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, Admin, EventType, Nvm, Register, Status
+from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, EventType, Nvm, Register, Status
 from nvmove.nvme.state import DoorbellsState
 
 
@@ -21,6 +21,13 @@ def ready(*, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None, d
     host.enable()
     host.create(sq_size=sq_size, cq_size=cq_size)
     assert host.configure() == Status.SUCCESS
+    return host
+
+
+def without_msix(host: ShadowHost) -> ShadowHost:
+    """A host that turns to INTx when it has configured shadow doorbells, which are not offered with INTx."""
+    assert isinstance(host.lines, Lines)
+    host.lines.msix_enabled = False
     return host
 
 
@@ -54,6 +61,15 @@ def test_without_dbcs_the_command_does_not_exist() -> None:
     host = ShadowHost(config=msgspec.structs.replace(CONFIG, dbcs=False))
     host.enable()
     assert host.configure() == Status.INVALID_OPCODE
+
+
+def test_with_intx_shadow_doorbells_are_not_offered() -> None:
+    """QEMU lowers a vfio device's pin when the guest touches the BAR, which this guest would not."""
+    host = ShadowHost(lines=Lines(msix=False))
+    host.enable()
+    assert host.configure() == Status.INVALID_OPCODE
+    assert host.admin(Admin.IDENTIFY, cdw10=1, prp1=DATA).status == Status.SUCCESS
+    assert not int.from_bytes(host.ram.data[DATA + 256 : DATA + 258], "little") & OACS_DOORBELL_BUFFER_CONFIG
 
 
 def test_the_buffers_get_the_positions_of_the_queues_that_exist() -> None:
@@ -177,7 +193,7 @@ def test_a_head_that_makes_room_starts_every_sq_of_the_cq() -> None:
 
 
 def test_the_pin_falls_when_the_shadow_head_says_so() -> None:
-    host = ready(lines=Lines(msix=False))
+    host = without_msix(ready())
     for _ in range(3):
         host.submit(1, Nvm.FLUSH, nsid=1)
         host.drain()
@@ -188,7 +204,7 @@ def test_the_pin_falls_when_the_shadow_head_says_so() -> None:
 
 
 def test_the_pin_falls_when_the_queue_that_completed_is_gone() -> None:
-    host = ready(lines=Lines(msix=False))
+    host = without_msix(ready())
     host.submit(1, Nvm.FLUSH, nsid=1)
     host.drain()
     assert host.delete_sq(1).status == Status.SUCCESS
@@ -204,7 +220,7 @@ def test_the_pin_falls_when_the_queue_that_completed_is_gone() -> None:
 
 @pytest.mark.parametrize(("cell", "value"), [(2, 16), (2, 0xFFFF_FFFF), (3, 1), (3, 16)])
 def test_a_shadow_that_cannot_be_is_one_error_event(cell: int, value: int) -> None:
-    host = ready(lines=Lines(msix=False))
+    host = without_msix(ready())
     aer = host.submit(0, Admin.ASYNC_EVENT_REQUEST)
     host.store(cell, value)
     for _ in range(3):

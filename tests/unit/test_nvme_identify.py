@@ -91,12 +91,13 @@ def test_the_nvm_command_sets_own_structures_are_qemus() -> None:
 
 
 def test_intel_ids() -> None:
-    data = identify.controller_data(ControllerConfig(serial="S1", use_intel_id=True), 0x20000)
+    data = identify.controller_data(ControllerConfig(serial="S1", use_intel_id=True), 0x20000, dbcs=True)
     assert (data[:2], data[73:76]) == (b"\x86\x80", b"\xb3\x02\x00")
 
 
 def test_strings_are_cut_to_their_fields() -> None:
-    data = identify.controller_data(ControllerConfig(serial="s" * 30, model="m" * 50, firmware_version="1" * 10), 0)
+    config = ControllerConfig(serial="s" * 30, model="m" * 50, firmware_version="1" * 10)
+    data = identify.controller_data(config, 0, dbcs=True)
     assert data[4:24] == b"s" * 20
     assert data[24:64] == b"m" * 40
     assert data[64:73] == b"1" * 8 + b"\x06"

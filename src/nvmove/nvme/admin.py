@@ -167,7 +167,7 @@ def _async_event_request(controller: Controller, command: Command) -> None:
 
 def _doorbell_buffer_config(controller: Controller, command: Command) -> None:
     """Base 5.8: each buffer is one memory page."""
-    if not controller.config.dbcs:
+    if not controller.doorbells.offered:
         raise CommandError(Status.INVALID_OPCODE)
     dbs, eis = (int.from_bytes(command.dptr[at : at + 8], "little") for at in (0, 8))
     for address, location in ((dbs, LOCATION), (eis, LOCATION + 8)):

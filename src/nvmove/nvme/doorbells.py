@@ -109,6 +109,14 @@ class Doorbells:
         self._refused: dict[int, int] = {}
 
     @property
+    def offered(self) -> bool:
+        """Whether the guest may have shadow doorbells: not with INTx.
+
+        QEMU lowers a vfio device's pin when the guest touches the BAR; a guest that does not ring never gets it low.
+        """
+        return self._controller.config.dbcs and self._controller.interrupts.msix_enabled
+
+    @property
     def enabled(self) -> bool:
         """Whether the guest has configured shadow doorbells: one buffer has address `dbs`, the other `eis`."""
         return bool(self.dbs)

@@ -89,7 +89,7 @@ def _text(value: str, size: int) -> bytes:
     return value.encode("ascii", "replace")[:size].ljust(size)
 
 
-def controller_data(config: ControllerConfig, version: int) -> bytes:
+def controller_data(config: ControllerConfig, version: int, *, dbcs: bool) -> bytes:
     """Return the Identify Controller data structure (CNS 01h, Base figure 275)."""
     data = bytearray(IDENTIFY_SIZE)
 
@@ -102,7 +102,7 @@ def controller_data(config: ControllerConfig, version: int) -> bytes:
     put(72, "B3sBBHI", ARBITRATION_BURST, ieee.to_bytes(3, "little"), 0, config.mdts, config.cntlid, version)
     put(92, "II", OAES_NAMESPACE, CTRATT_ELBAS)
     put(111, "B", 1)  # CNTRLTYPE: I/O controller
-    optional_admin = OPTIONAL_ADMIN | OACS_DOORBELL_BUFFER_CONFIG * config.dbcs
+    optional_admin = OPTIONAL_ADMIN | OACS_DOORBELL_BUFFER_CONFIG * dbcs
     put(256, "HBBBBB", optional_admin, ABORT_LIMIT, config.aerl, FRMW_ONE_READ_ONLY_SLOT,
         LPA_EFFECTS | LPA_EXTENDED_DATA | LPA_SUPPORTED_PAGES, ERROR_ENTRIES - 1)  # fmt: skip
     put(266, "HH", TEMPERATURE_WARNING, TEMPERATURE_CRITICAL)
@@ -219,7 +219,7 @@ def _require_nvm(command: Command) -> None:
 
 
 def _controller(controller: Controller, _command: Command) -> bytes:
-    return controller_data(controller.config, controller.registers.vs)
+    return controller_data(controller.config, controller.registers.vs, dbcs=controller.doorbells.offered)
 
 
 def _nvm_controller(controller: Controller, _command: Command) -> bytes:

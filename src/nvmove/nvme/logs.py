@@ -229,7 +229,7 @@ def _changed_namespaces(controller: Controller, _command: Command) -> bytes:
 def _commands_supported(controller: Controller, command: Command) -> bytes:
     if command.cdw14 >> 24 not in effects.COMMAND_SETS:
         raise CommandError(Status.INVALID_FIELD)
-    return effects.commands_page(controller.config.dbcs)
+    return effects.commands_page(controller.doorbells.offered)
 
 
 PAGES: dict[int, Callable[[Controller, Command], bytes]] = {
