@@ -122,6 +122,7 @@ class Memory:
 
 class Interrupts:
     msix_enabled = True
+    uses_pin = False
 
     def signal(self, vector: int) -> None:
         pass

@@ -68,6 +68,10 @@ class Lines:
         self.signals: list[int] = []
         self.level = False
 
+    @property
+    def uses_pin(self) -> bool:
+        return not self.msix_enabled
+
     def signal(self, vector: int) -> None:
         self.signals.append(vector)
 

@@ -247,3 +247,17 @@ def test_quiet_intx_that_was_loaded_down_does_not_fire(wires: Wires) -> None:
     wires.lines.load((), False)
     wires.lines.resume()
     assert fired(end) == 0
+
+
+def test_the_pin_is_used_when_somebody_listens_and_msix_is_off() -> None:
+    enabled = [False]
+    lines = InterruptLines(4, lambda: enabled[0])
+    used = [lines.uses_pin]
+    lines.set_irqs(INTX, 0, 1, IrqAction(IrqWhat.TRIGGER, eventfds=True, fds=(os.eventfd(0),)))
+    used.append(lines.uses_pin)
+    enabled[0] = True
+    used.append(lines.uses_pin)
+    enabled[0] = False
+    lines.disconnect()
+    used.append(lines.uses_pin)
+    assert used == [False, True, False, False]

@@ -114,7 +114,7 @@ class Doorbells:
 
         QEMU lowers a vfio device's pin when the guest touches the BAR; a guest that does not ring never gets it low.
         """
-        return self._controller.config.dbcs and self._controller.interrupts.msix_enabled
+        return self._controller.config.dbcs and not self._controller.interrupts.uses_pin
 
     @property
     def enabled(self) -> bool:

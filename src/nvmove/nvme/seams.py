@@ -56,6 +56,10 @@ class Interrupts(Protocol):
     def msix_enabled(self) -> bool:
         """Whether the guest chose MSI-X; INTx otherwise."""
 
+    @property
+    def uses_pin(self) -> bool:
+        """Whether the host is told by the INTx pin: it chose no MSI-X, and somebody listens to the pin."""
+
     def signal(self, vector: int) -> None:
         """Send MSI-X message `vector`."""
 

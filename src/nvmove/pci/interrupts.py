@@ -54,6 +54,11 @@ class InterruptLines:
         """Whether the guest chose MSI-X: it set the bit, or its driver in user space connected a vector."""
         return self._connected > 0 or self._config_enables_msix()
 
+    @property
+    def uses_pin(self) -> bool:
+        """Whether the guest is told by the INTx pin; a host that polls connects nothing to it."""
+        return self._intx is not None and not self.msix_enabled
+
     def signal(self, vector: int) -> None:
         """Send MSI-X message `vector`, now or when it has an eventfd."""
         with self._lock:
