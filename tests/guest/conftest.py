@@ -160,3 +160,12 @@ def assert_nothing_left(machine: Machine, before: Surroundings, *, but: tuple[st
     assert wait_gone(machine.mark, 10) == []
     left = Surroundings.look(machine.directory).since(before)
     assert [line for line in left if not line.endswith(("/log", "/runtime", *but))] == []
+
+
+def block_device(machine: Machine, drive: str, nsid: int = 1) -> str:
+    """Return the guest's name of a namespace of the device that `disk` made for `drive`: Linux numbers as it finds."""
+    listing = machine.console.check(
+        "for disk in /sys/block/nvme*; do echo $(basename $disk) $(cat $disk/nsid $disk/device/serial); done"
+    )
+    (name,) = (words[0] for words in map(str.split, listing.splitlines()) if words[1:] == [str(nsid), f"S-{drive}"])
+    return name

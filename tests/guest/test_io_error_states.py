@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.sysroot import Sysroot
-from tests.guest.conftest import disk, make_image, overwrite
+from tests.guest.conftest import block_device, disk, make_image, overwrite
 from tests.guest.failing_disks import cont, fault, finish, io_status, wait_pause
 from tests.guest.test_jobs import WELL, job
 
@@ -57,11 +58,13 @@ def test_jobs_save_a_vm_in_io_error_and_load_it_with_what_it_held(machine: Machi
 def test_one_disk_of_two_fails_and_both_go_on(machine: Machine, tree: Sysroot, work: Path) -> None:
     disks = [*disk(make_image(tree, work / "d0.qcow2")), *disk(make_image(tree, work / "d1.raw"), "d1")]
     machine.boot(["-M", "q35", *disks])
-    good = Fio("good", device="/dev/nvme1n1", blocks=1500, rate=250)
+    held, other = block_device(machine, "d0"), block_device(machine, "d1")
+    bad = replace(FIO, device=f"/dev/{held}")
+    good = Fio("good", device=f"/dev/{other}", blocks=1500, rate=250)
     good.start(machine.console)
-    wait_writes(machine.console, 50, "nvme1n1")
+    wait_writes(machine.console, 50, other)
     rule = fault(machine, op="write", drive="d0", errno="ENOSPC")
-    FIO.start(machine.console)
+    bad.start(machine.console)
     for _ in range(2):
         assert wait_pause(machine)["device"] == "d0"
         assert [io_status(machine, name) for name in ("d0", "d1")] == ["nospace", "ok"]
@@ -69,7 +72,7 @@ def test_one_disk_of_two_fails_and_both_go_on(machine: Machine, tree: Sysroot, w
     wait_pause(machine)
     remove(machine, rule)
     cont(machine)
-    finish(machine, FIO)
+    finish(machine, bad)
     finish(machine, good)
     assert machine.quit() == 0
 
@@ -85,14 +88,17 @@ def test_policies_of_two_namespaces_of_one_controller_are_each_their_own(
             *("-device", f"nvme-ns,drive={name}"),
         )
     ]
-    machine.boot(["-M", "q35", "-device", "nvme,id=n0,serial=S0", *drives])
+    machine.boot(["-M", "q35", "-device", "nvme,id=n0,serial=S-0", *drives])
     console, qmp = machine.console, machine.qmp
+    writes = {
+        nsid: f"dd if=/dev/zero of=/dev/{block_device(machine, '0', nsid)} bs=4096 oflag=direct count=1"
+        for nsid in (1, 2)
+    }
     rule = fault(machine, op="write", errno="EIO")
-    write = "dd if=/dev/zero of=/dev/{} bs=4096 oflag=direct count=1"
-    assert console.run(write.format("nvme0n2")).status == 0
+    assert console.run(writes[2]).status == 0
     error = qmp.wait_event("BLOCK_IO_ERROR")["data"]
     assert (error["device"], error["action"]) == ("d1", "ignore")
-    console.send(f"({write.format('nvme0n1')}; echo $? >/tmp/w) >/dev/null 2>&1 &\n")
+    console.send(f"({writes[1]}; echo $? >/tmp/w) >/dev/null 2>&1 &\n")
     error = wait_pause(machine)
     assert (error["device"], io_status(machine)) == ("d0", "failed")
 

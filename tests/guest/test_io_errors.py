@@ -14,7 +14,15 @@ from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
-from tests.guest.conftest import MachineFactory, assert_nothing_left, clean_machine, disk, make_image, savevm
+from tests.guest.conftest import (
+    MachineFactory,
+    assert_nothing_left,
+    block_device,
+    clean_machine,
+    disk,
+    make_image,
+    savevm,
+)
 from tests.guest.failing_disks import FIO, SmallDisk, cont, fault, finish, io_status, wait_full, wait_pause
 
 
@@ -73,9 +81,9 @@ def test_a_vm_saved_while_its_disk_is_full_goes_on_elsewhere(
     state = make_image(tree, small.path.parent / "state.qcow2")
     image = make_image(tree, small.path / "d0.qcow2")
     arguments = ["-M", "q35", *disk(state, "s0"), *disk(image)]
-    fio = Fio("full", device="/dev/nvme1n1", blocks=2048, iodepth=32)
     first = machines("first")
     first.boot(arguments)
+    fio = Fio("full", device=f"/dev/{block_device(first, 'd0')}", blocks=2048, iodepth=32)
     fio.start(first.console)
     wait_full(first)
     small.make_room(4.25)  # the snapshot's own metadata
@@ -98,9 +106,9 @@ def test_a_loadvm_tries_held_requests_again_at_once_as_qemu_does(
 ) -> None:
     state = make_image(tree, small.path.parent / "state.qcow2")
     arguments = ["-M", "q35", *disk(state, "s0"), *disk(make_image(tree, small.path / "d0.qcow2"))]
-    fio = Fio("full", device="/dev/nvme1n1", blocks=2048, iodepth=32)
     first = machines("first")
     first.boot(arguments)
+    fio = Fio("full", device=f"/dev/{block_device(first, 'd0')}", blocks=2048, iodepth=32)
     fio.start(first.console)
     wait_full(first)
     small.make_room(4.25)
