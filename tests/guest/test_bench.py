@@ -17,8 +17,8 @@ def start(work: Path, *words: str) -> Marked:
     return Marked.start([*nvmove_command(), "bench", *words], work / "said", environment={"TMPDIR": str(work)})
 
 
-def left_in_memory() -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob("nvmove-bench-*")]
+def left_in_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("nvmove-bench-*")}
 
 
 def bench(work: Path, kind: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def bench(work: Path, kind: str) -> dict[str, Any]:
     assert run.wait(400) == 0, run.output
     assert marked(run.mark) == []
     assert sorted(path.name for path in work.iterdir()) == ["json", "said"]
-    assert left_in_memory() == before
+    assert left_in_memory() <= before  # a start removes what a killed run has left
     found = json.loads((work / "json").read_text())
     assert found["format"] == 1
     assert found["conditions"].keys() >= {"nvmove", "processor", "processors", "kernel", "qemu", "load"}
@@ -89,7 +89,7 @@ def test_ctrl_c_leaves_nothing(work: Path) -> None:
     assert run.wait(60) == 130, run.output
     assert marked(run.mark) == []
     assert [path.name for path in work.iterdir()] == ["said"]
-    assert left_in_memory() == before
+    assert left_in_memory() <= before  # a start removes what a killed run has left
     assert processes_of(work) == []
 
 

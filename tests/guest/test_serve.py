@@ -19,7 +19,7 @@ from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import make_image
 
 FIO = Fio("v", blocks=1024)
-CHECKSUM = "dd if=/dev/nvme0n1 bs=1M count=4 iflag=direct | md5sum"
+CHECKSUM = "dd if=/dev/nvme0n1 of=/tmp/read bs=1M count=4 iflag=direct 2>/dev/null && md5sum </tmp/read"
 
 
 @contextmanager
