@@ -396,17 +396,19 @@ static void post(struct ring *ring, uint16_t cid)
 }
 
 /* Take what has ended at disks that take their time, and go on where there is more to do: successes are posted, the rest is
- * for Python. */
-static void collect(struct ring *ring)
+ * for Python. Return whether there was any. */
+static int collect(struct ring *ring)
 {
     uint64_t index;
     int32_t result;
+    int was_any = 0;
 
     while (uring_reap(&ring->uring, &index, &result)) {
         struct ring_slot *slot = &ring->slots[index];
         int is_done = result >= 0 && (uint64_t)result == slot->length;
         struct sqe sqe;
 
+        was_any = 1;
         if (is_done && slot_next(ring, slot))
             continue;
         memcpy(&sqe, slot->sqe, sizeof sqe);
@@ -420,6 +422,7 @@ static void collect(struct ring *ring)
             slot_fail(ring, slot, result);
         }
     }
+    return was_any;
 }
 
 /* Start what is prepared; what cannot be started is for Python. */
@@ -498,7 +501,8 @@ static int spin(struct ring *ring)
         if (waited > SPIN_ALONE_NS)
             sched_yield();
         for (int i = 0; i < 64; i++) {
-            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring)) {
+            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring) ||
+                (ring->in_flight && uring_has_ended(&ring->uring))) {
                 ring->misses = 0;
                 return 1;
             }
@@ -545,8 +549,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         uint32_t count = 0;
 
         store_strict(ring->rung, 0);
-        if (ring->in_flight)
-            collect(ring);
+        if (ring->in_flight && collect(ring))
+            was_busy = 1;
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
@@ -565,7 +569,7 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             was_busy = 1;
             continue;
         }
-        if (may_wait && was_busy && !ring->in_flight && spin(ring))
+        if (may_wait && was_busy && spin(ring))
             continue;
         was_busy = 0;
         arm(ring);

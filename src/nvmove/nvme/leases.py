@@ -338,10 +338,11 @@ def _refuse(status: Status, command: Command) -> None:
 
 def _fail(errno: int, command: Command) -> None:
     """What a flush, or a write that had to be durable, met with."""
-    namespace = command.controller.namespaces.get(command.nsid)
-    if command.stale or namespace is None:
+    if command.stale:
         command.complete()
         return
+    namespace = command.controller.namespaces.get(command.nsid)
+    assert namespace is not None  # it was lent
     operation = _OPERATIONS[command.opcode]
     lba = 0 if operation is Operation.FLUSH else command.cdw11 << 32 | command.cdw10
     failure = Failure(operation, errno, lba << namespace.block_shift, namespace.backend)
