@@ -6,13 +6,17 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 
+from nvmove.block import linux
 from nvmove.block.backend import Operation, Request
-from nvmove.block.lend import Loan
+from nvmove.block.lend import NOTHING, LentSpace, Loan
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring
 from nvmove.nvme.seams import Lender, LentRegion
-from tests.nvme_host import Disk, Lines, Ram
+from nvmove.nvme.spec import Nvm
+from tests.nvme_host import Disk, Host, Lines, Ram
+
+PUNCH = linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE
 
 
 class InlineRings(InlineEngine):
@@ -151,6 +155,9 @@ class LentDisk(Disk):
         os.ftruncate(self.fd, size)
         self.length = size
         self.lends = True
+        self.syncs = True
+        self.durable = False
+        self.space = LentSpace(PUNCH, PUNCH, PUNCH)  # the one that a file in memory has
         self.loans = 0
 
     def __del__(self) -> None:
@@ -169,7 +176,15 @@ class LentDisk(Disk):
             return None
         self.loans += 1
         fd = self.fd if self.lent_fd < 0 else self.lent_fd
-        return Loan(fd, self._returned, writable=not self.read_only, alignment=self.alignment)
+        return Loan(
+            fd,
+            self._returned,
+            writable=not self.read_only,
+            syncs=self.syncs,
+            durable=self.durable,
+            space=self.space,
+            alignment=self.alignment,
+        )
 
     def _returned(self) -> None:
         self.loans -= 1
@@ -179,6 +194,41 @@ class LentDisk(Disk):
             os.preadv(self.fd, request.buffers, request.offset)
         elif request.operation is Operation.WRITE:
             os.pwritev(self.fd, request.buffers, request.offset)
-        elif request.operation in {Operation.WRITE_ZEROES, Operation.DISCARD}:
+        elif request.operation is Operation.WRITE_ZEROES or (
+            request.operation is Operation.DISCARD and self.space.discard != NOTHING
+        ):
             os.pwrite(self.fd, bytes(request.length), request.offset)
         request.done(0)
+
+
+class Rig(Host):
+    """A host whose I/O queues are lent."""
+
+    ram: LentRam
+    lines: LentLines
+    disk: LentDisk
+    engine: InlineRings
+
+    def __init__(self, disk: LentDisk | None = None, **arguments: object) -> None:
+        super().__init__(
+            ram=LentRam(),
+            lines=LentLines(),
+            disk=disk or LentDisk(),
+            engine=InlineRings(),
+            **arguments,  # type: ignore[arg-type]
+        )
+        self.enable()
+        self.create(1)
+        self.drain()
+        self.lines.look()
+        self.engine.runs.clear()
+
+    @property
+    def in_python(self) -> bool:
+        """Whether Python ran an I/O queue since this was asked last, or any I/O command ever."""
+        found = bool(set(self.engine.runs) - {0} or self.disk.operations)
+        self.engine.runs.clear()
+        return found
+
+    def read(self, lba: int = 0, blocks: int = 1, **fields: int) -> int:
+        return self.command(1, Nvm.READ, nsid=1, cdw10=lba, cdw12=blocks - 1, **fields).status

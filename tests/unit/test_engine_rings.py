@@ -11,48 +11,26 @@ from tests.nvme_host import CONFIG, DATA, Host
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.rings import InlineRings, LentDisk, LentLines, LentRam
+from tests.rings import LentDisk, LentLines, LentRam, Rig
 
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme import admin
-from nvmove.nvme.seams import LeaseTerms
-from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, FUA, Admin, Log, Nvm, Register, Status
+from nvmove.nvme.seams import FailedCommand, LeaseTerms
+from nvmove.nvme.spec import (
+    ALL_NAMESPACES,
+    CSTS_RDY,
+    DOORBELLS,
+    DSM_DEALLOCATE,
+    FUA,
+    Admin,
+    Log,
+    Nvm,
+    Register,
+    Status,
+)
 
 LONG = 20
-
-
-class Rig(Host):
-    """A host whose I/O queues are lent."""
-
-    ram: LentRam
-    lines: LentLines
-    disk: LentDisk
-    engine: InlineRings
-
-    def __init__(self, disk: LentDisk | None = None, **arguments: object) -> None:
-        super().__init__(
-            ram=LentRam(),
-            lines=LentLines(),
-            disk=disk or LentDisk(),
-            engine=InlineRings(),
-            **arguments,  # type: ignore[arg-type]
-        )
-        self.enable()
-        self.create(1)
-        self.drain()
-        self.lines.look()
-        self.engine.runs.clear()
-
-    @property
-    def in_python(self) -> bool:
-        """Whether Python ran an I/O queue since this was asked last, or any I/O command ever."""
-        found = bool(set(self.engine.runs) - {0} or self.disk.operations)
-        self.engine.runs.clear()
-        return found
-
-    def read(self, lba: int = 0, blocks: int = 1, **fields: int) -> int:
-        return self.command(1, Nvm.READ, nsid=1, cdw10=lba, cdw12=blocks - 1, **fields).status
 
 
 @pytest.fixture
@@ -130,9 +108,12 @@ def test_data_may_cross_regions_and_lists_may_not_be_there(rig: Rig) -> None:
 
 
 ODD = [
-    (Status.SUCCESS, Nvm.FLUSH, {}),
-    (Status.SUCCESS, Nvm.WRITE, {"cdw12": FUA}),
-    (Status.SUCCESS, Nvm.WRITE_ZEROES, {}),
+    (Status.SUCCESS, Nvm.FLUSH, {"nsid": ALL_NAMESPACES}),
+    (Status.SUCCESS, Nvm.VERIFY, {}),
+    (Status.INVALID_FIELD, Nvm.FLUSH, {"flags": 1}),
+    (Status.LBA_OUT_OF_RANGE, Nvm.WRITE, {"cdw10": 2048, "cdw12": FUA}),
+    (Status.LBA_OUT_OF_RANGE, Nvm.WRITE_ZEROES, {"cdw10": 2048}),
+    (Status.DATA_TRANSFER_ERROR, Nvm.DATASET_MANAGEMENT, {"cdw11": DSM_DEALLOCATE, "prp1": 1 << 40}),
     (Status.INVALID_OPCODE, 0x7F, {}),
     (Status.INVALID_FIELD, Nvm.READ, {"flags": 1}),
     (Status.INVALID_NAMESPACE, Nvm.READ, {"nsid": 0}),
@@ -272,7 +253,7 @@ class Hung:
     def counts(self) -> tuple[int, int, int, int, int]:
         return 0, 0, 0, 0, 0
 
-    def failed(self) -> list[tuple[int, bytes]]:
+    def failed(self) -> list[FailedCommand]:
         return []
 
     def revoke(self) -> None:
@@ -300,13 +281,6 @@ def test_a_masked_interrupt_is_owed_until_it_has_a_way(rig: Rig) -> None:
     rig.drain()
     assert len(rig.reap(1)) == 1
     assert rig.lines.look() == [0]
-
-
-def test_without_a_write_cache_writes_are_pythons(rig: Rig) -> None:
-    assert rig.admin(Admin.SET_FEATURES, cdw10=6, cdw11=0).status == 0
-    assert rig.command(1, Nvm.WRITE, nsid=1).status == 0
-    assert rig.in_python or rig.disk.operations
-    assert rig.read() == 0
 
 
 def test_a_short_file_reads_as_the_back_end_says(rig: Rig) -> None:

@@ -196,7 +196,16 @@ class FaultyBackend:
             file.release()
             self._rules.stop_bypass(revoke)
 
-        return Loan(file.fd, release, writable=file.writable, zeroes=file.zeroes, alignment=file.alignment)
+        return Loan(
+            file.fd,
+            release,
+            writable=file.writable,
+            syncs=file.syncs,
+            durable=file.durable,
+            space=file.space,
+            zeroes=file.zeroes,
+            alignment=file.alignment,
+        )
 
     @property
     def size(self) -> int:

@@ -3,7 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+NOTHING = 0
+ASK = -1
+
+
+class LentSpace(NamedTuple):
+    """How zeroes are made and space is given back: by fallocate(2) in these modes.
+
+    NOTHING: there is nothing to do; ASK: that is the back end's to do.
+    """
+
+    zeroes: int = ASK
+    """Write zeroes."""
+    unmapped_zeroes: int = ASK
+    """Write zeroes where the space may be given back."""
+    discard: int = ASK
+
+
+NO_SPACE = LentSpace(NOTHING, NOTHING, NOTHING)
+"""Of what has no content."""
 
 
 class LentFile(Protocol):
@@ -11,6 +31,11 @@ class LentFile(Protocol):
 
     fd: int
     writable: bool
+    syncs: bool
+    """Whether there is something that a flush does; without, nothing has to be on stable storage either."""
+    durable: bool
+    """Each write must be on stable storage when it completes."""
+    space: LentSpace
     zeroes: bool
     """Without a file: reads give zeroes."""
     alignment: int
@@ -27,9 +52,9 @@ class LendsFile(Protocol):
     def lend(self, revoke: Callable[[], None]) -> LentFile | None:
         """Lend the file; None when requests must go through the back end.
 
-        Plain reads and writes of it, inside its size, are all that is done. What fails, or is done in part, is asked
-        of the back end again, which finds the error anew. `revoke` is called, from any thread and with locks held, when
-        it is wanted back.
+        Reads, writes, fdatasync and fallocate, inside its size, are all that is done. What fails, or is done in part,
+        is asked of the back end again, which finds the error anew; but for what failed to be made durable: Linux tells
+        that once. `revoke` is called, from any thread and with locks held, when it is wanted back.
         """
 
 
@@ -37,10 +62,22 @@ class Loan:
     """A `LentFile`; `release` is what ends it."""
 
     def __init__(
-        self, fd: int, release: Callable[[], None], *, writable: bool, zeroes: bool = False, alignment: int = 1
+        self,
+        fd: int,
+        release: Callable[[], None],
+        *,
+        writable: bool,
+        syncs: bool,
+        space: LentSpace,
+        durable: bool = False,
+        zeroes: bool = False,
+        alignment: int = 1,
     ) -> None:
         self.fd = fd
         self.writable = writable
+        self.syncs = syncs
+        self.durable = durable
+        self.space = space
         self.zeroes = zeroes
         self.alignment = alignment
         self._release = release

@@ -15,7 +15,7 @@ from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.delay import Delays
 from nvmove.block.gate import Gate
-from nvmove.block.lend import LentFile, Loan
+from nvmove.block.lend import NO_SPACE, LentFile, Loan
 
 _SECTOR = 512
 _ZEROES = bytes(1 << 16)
@@ -80,7 +80,14 @@ class NullBackend:
         """Lend nothing for a file, as `LendsFile`, unless requests take their time."""
         if self._config.latency_ns or self._gate.stay(revoke):
             return None
-        return Loan(-1, lambda: self._gate.depart(revoke), writable=not self.read_only, zeroes=self._config.read_zeroes)
+        return Loan(
+            -1,
+            lambda: self._gate.depart(revoke),
+            writable=not self.read_only,
+            syncs=False,
+            space=NO_SPACE,
+            zeroes=self._config.read_zeroes,
+        )
 
     def refresh_size(self) -> int:
         """Return the size, which does not change."""

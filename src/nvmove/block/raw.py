@@ -88,9 +88,15 @@ class RawBackend:
         options = self._options
         if options.detect_zeroes != "off" or self._gate.stay(revoke):
             return None
-        # Without a write cache each write goes through `submit`, which makes it durable.
-        writable = not options.read_only and (options.writeback or options.no_flush)
-        return Loan(self._fd, lambda: self._gate.depart(revoke), writable=writable, alignment=self._transfer.alignment)
+        return Loan(
+            self._fd,
+            lambda: self._gate.depart(revoke),
+            writable=not options.read_only,
+            syncs=not (options.no_flush or options.read_only),
+            durable=not options.writeback,
+            space=self._space.lent,
+            alignment=self._transfer.alignment,
+        )
 
     def refresh_size(self) -> int:
         """Look at the size again and return it; the old one stays when it cannot be read."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from nvmove.block import linux
+from nvmove.block.lend import ASK, NOTHING, LentSpace
 from nvmove.block.linux import UNSUPPORTED
 
 SECTOR = 512
@@ -59,6 +60,17 @@ class FileSpace:
         if self._unmap:
             self._punch_hole(offset, length)
 
+    @property
+    def lent(self) -> LentSpace:
+        """What `write_zeroes` and `discard` would do first, for somebody who has the file lent."""
+        zeroes = self._mode(linux.FALLOC_FL_ZERO_RANGE, ASK)
+        punch = self._mode(linux.FALLOC_FL_PUNCH_HOLE, NOTHING) if self._unmap else NOTHING
+        return LentSpace(zeroes, punch or zeroes, punch)
+
+    def _mode(self, mode: int, without: int) -> int:
+        """Return how to call fallocate, or `without` for a mode that this file turned out not to have."""
+        return without if mode in self._missing else mode | linux.FALLOC_FL_KEEP_SIZE
+
     def _zero_range(self, offset: int, length: int) -> bool:
         return self._try(linux.FALLOC_FL_ZERO_RANGE, offset, length)
 
@@ -91,6 +103,14 @@ class DeviceSpace(FileSpace):
     def size(self) -> int:
         """Return the size in bytes."""
         return linux.block_device_size(self._fd)
+
+    @property
+    def lent(self) -> LentSpace:
+        """As a file's, for fallocate does here what BLKZEROOUT does; but not what BLKDISCARD does."""
+        file = super().lent
+        zeroes = ASK if linux.BLKZEROOUT in self._missing else file.zeroes
+        discards = self._unmap and linux.BLKDISCARD not in self._missing
+        return LentSpace(zeroes, file.discard or zeroes, ASK if discards else NOTHING)
 
     def _zero_range(self, offset: int, length: int) -> bool:
         return self._try(linux.BLKZEROOUT, offset, length)

@@ -10,6 +10,7 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from os import close, strerror
+from nvmove.nvme.seams import FailedCommand
 
 cdef extern from "ring.h" nogil:
     cdef struct ring_region:
@@ -27,11 +28,17 @@ cdef extern from "ring.h" nogil:
         uint8_t writable
         uint8_t zeroes
         uint32_t alignment
+        uint8_t syncs
+        uint8_t durable
+        int32_t zeroes_mode
+        int32_t unmapped_mode
+        int32_t discard_mode
 
     cdef struct ring_slot:
         uint8_t sqe[64]
         uint32_t order
         uint32_t failed
+        int32_t error
 
     cdef struct ring_counts:
         uint64_t reads
@@ -270,6 +277,8 @@ cdef class Ring:
             entry.blocks, entry.shift = disk.blocks, disk.block_shift
             entry.writable, entry.fd, entry.zeroes = disk.writable, disk.fd, disk.zeroes
             entry.alignment = disk.alignment
+            entry.syncs, entry.durable = disk.syncs, disk.durable
+            entry.zeroes_mode, entry.unmapped_mode, entry.discard_mode = disk.space
 
     def take(self):
         """Take the queue pair back at once if the loop sleeps; return whether it did."""
@@ -312,14 +321,14 @@ cdef class Ring:
         return self.ring.executing + self.ring.in_flight
 
     def failed(self):
-        """Return the commands that the disk failed: which since `lend`, and their SQEs."""
+        """Return the commands that the disk failed."""
         if self.ring.slots == NULL:
             return []
         found = []
         for index in range(RING_SLOTS):
             slot = &self.ring.slots[index]
             if slot.failed:
-                found.append((slot.order, <bytes>(<char *>slot.sqe)[:64]))
+                found.append(FailedCommand(slot.order, <bytes>(<char *>slot.sqe)[:64], slot.error))
         return found
 
     @property

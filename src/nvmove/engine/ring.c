@@ -12,14 +12,8 @@
 #include <unistd.h>
 
 #include "prp.h"
+#include "slots.h"
 
-/* NVM Command Set 1.0, 3.2.4 and 3.2.6: opcodes, and dword 12 */
-#define OPCODE_WRITE 0x01
-#define OPCODE_READ 0x02
-#define NLB_MASK 0xffffu
-#define LIMITED_RETRY (1u << 31)
-
-#define SQE_SIZE 64
 #define CQE_SIZE 16
 
 /* Completions of quick commands are announced together, but none waits longer for that. */
@@ -41,16 +35,6 @@
 #define store(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
 #define load_strict(field) __atomic_load_n(&(field), __ATOMIC_SEQ_CST)
 #define store_strict(field, value) __atomic_store_n(&(field), (value), __ATOMIC_SEQ_CST)
-
-/* Common command format, Base 2.0 3.3.3.1: what the loop wants to know of it; little endian as this machine. */
-struct sqe {
-    uint8_t opcode, flags;
-    uint16_t cid;
-    uint32_t nsid, cdw2, cdw3;
-    uint64_t mptr, prp1, prp2;
-    uint32_t cdw10, cdw11, cdw12, cdw13, cdw14, cdw15;
-};
-_Static_assert(sizeof(struct sqe) == SQE_SIZE, "an SQE has 64 bytes");
 
 /* Base 2.0 3.3.3.2 */
 struct cqe {
@@ -99,7 +83,7 @@ void ring_destroy(struct ring *ring)
     pthread_mutex_destroy(&ring->signalling);
 }
 
-/* Make what O_DIRECT disks want; return 0 or an errno. */
+/* Make what commands need that a disk takes its time for; return 0 or an errno. */
 int ring_open_disks(struct ring *ring)
 {
     int error;
@@ -324,12 +308,12 @@ static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, i
     return done;
 }
 
-/* Give a command to an O_DIRECT disk; 0: it is not as such a disk wants it. */
-static int start(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk, int count, uint64_t length)
+/* Give a command to a disk that takes its time; 0: it is not as such a disk wants it. */
+static int start(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk, int count, uint64_t length,
+                 int is_durable)
 {
-    uint32_t index = ring->free_slots[ring->free_count - 1];
-    struct ring_slot *slot = &ring->slots[index];
-    uint64_t bits = 0, lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
+    struct ring_slot *slot;
+    uint64_t bits = 0;
 
     if (count > SLOT_IOVECS)
         return 0;
@@ -337,15 +321,10 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
         bits |= (uintptr_t)ring->iovecs[i].iov_base | ring->iovecs[i].iov_len;
     if (bits & (disk->alignment - 1))
         return 0;
-    ring->free_count--;
-    store(ring->in_flight, ring->in_flight + 1);
-    memcpy(slot->sqe, sqe, SQE_SIZE);
-    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
-    slot->order = ring->fetched;
-    slot->failed = 0;
-    slot->length = length;
-    uring_prepare(&ring->uring, sqe->opcode == OPCODE_READ, disk->fd, slot->iovecs, (uint32_t)count,
-                  lba << disk->shift, index);
+    slot = slot_take(ring, sqe, disk);
+    if (!slot)
+        return 0;
+    slot_transfer(ring, slot, (uint32_t)count, sqe_lba(sqe) << disk->shift, length, is_durable);
     return 1;
 }
 
@@ -360,23 +339,23 @@ static void count_command(struct ring *ring, int is_read, uint64_t length)
     }
 }
 
-enum outcome { FOR_PYTHON, DONE, STARTED };
-
-/* Run a read or a write to its success, or start it. FOR_PYTHON: nothing was done that may not be done again. */
+/* Run a command to its success, or start it. */
 static enum outcome execute(struct ring *ring, const struct sqe *sqe)
 {
-    int is_read = sqe->opcode == OPCODE_READ, count;
+    int is_read = sqe->opcode == OPCODE_READ, is_durable, count;
     const struct ring_disk *disk;
     uint64_t lba, blocks, length;
 
-    if ((!is_read && sqe->opcode != OPCODE_WRITE) || sqe->flags || sqe->nsid >= ring->disk_count)
+    if (sqe->flags || sqe->nsid >= ring->disk_count)
         return FOR_PYTHON;
     disk = &ring->disks[sqe->nsid];
-    if (!disk->present || sqe->cdw12 & ~(NLB_MASK | LIMITED_RETRY))
+    if (!disk->present)
         return FOR_PYTHON;
-    if (!is_read && (!disk->writable || ring->durable))
+    if (!is_read && sqe->opcode != OPCODE_WRITE)
+        return space_execute(ring, sqe, disk);
+    if (sqe->cdw12 & ~(NLB_MASK | FORCE_UNIT_ACCESS | LIMITED_RETRY) || (!is_read && !disk->writable))
         return FOR_PYTHON;
-    lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
+    lba = sqe_lba(sqe);
     blocks = (sqe->cdw12 & NLB_MASK) + 1;
     length = blocks << disk->shift;
     if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
@@ -384,8 +363,9 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
     count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
     if (count <= 0)
         return FOR_PYTHON;
-    if (disk->fd >= 0 && disk->alignment > 1)
-        return start(ring, sqe, disk, count, length) ? STARTED : FOR_PYTHON;
+    is_durable = !is_read && must_be_durable(ring, sqe, disk);
+    if (disk->fd >= 0 && (disk->alignment > 1 || is_durable))
+        return start(ring, sqe, disk, count, length, is_durable) ? STARTED : FOR_PYTHON;
     if (disk->fd >= 0) {
         if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length)
             return FOR_PYTHON;
@@ -424,27 +404,34 @@ static void post(struct ring *ring, uint16_t cid)
     ring->unsignalled++;
 }
 
-/* Take what has ended at O_DIRECT disks: successes are posted, the rest is for Python. */
-static void collect(struct ring *ring)
+/* Take what has ended at disks that take their time, and go on where there is more to do: successes are posted, the rest is
+ * for Python. Return whether there was any. */
+static int collect(struct ring *ring)
 {
     uint64_t index;
     int32_t result;
+    int was_any = 0;
 
     while (uring_reap(&ring->uring, &index, &result)) {
         struct ring_slot *slot = &ring->slots[index];
+        int is_done = result >= 0 && (uint64_t)result == slot->length;
         struct sqe sqe;
 
+        was_any = 1;
+        if (is_done && slot_next(ring, slot))
+            continue;
         memcpy(&sqe, slot->sqe, sizeof sqe);
         store(ring->in_flight, ring->in_flight - 1);
-        if (result >= 0 && (uint64_t)result == slot->length) {
-            count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
+        if (is_done) {
+            if (slot->length)
+                count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
             ring->free_slots[ring->free_count++] = (uint32_t)index;
             post(ring, sqe.cid);
         } else {
-            slot->failed = 1;
-            ring->failed++;
+            slot_fail(ring, slot, result);
         }
     }
+    return was_any;
 }
 
 /* Start what is prepared; what cannot be started is for Python. */
@@ -456,8 +443,7 @@ static void submit(struct ring *ring)
         return;
     while (uring_drop(&ring->uring, &index)) {
         store(ring->in_flight, ring->in_flight - 1);
-        ring->slots[index].failed = 1;
-        ring->failed++;
+        slot_fail(ring, &ring->slots[index], 0);
     }
 }
 
@@ -533,7 +519,8 @@ static int spin(struct ring *ring)
         if (waited > SPIN_ALONE_NS)
             sched_yield();
         for (int i = 0; i < 64; i++) {
-            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring)) {
+            if (load_strict(ring->stop) || !look_at_both(ring) || available(ring) ||
+                (ring->in_flight && uring_has_ended(&ring->uring))) {
                 ring->misses = 0;
                 return 1;
             }
@@ -580,8 +567,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         uint32_t count = 0;
 
         store_strict(ring->rung, 0);
-        if (ring->in_flight)
-            collect(ring);
+        if (ring->in_flight && collect(ring))
+            was_busy = 1;
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
@@ -600,7 +587,7 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             was_busy = 1;
             continue;
         }
-        if (may_wait && was_busy && !ring->in_flight && spin(ring))
+        if (may_wait && was_busy && spin(ring))
             continue;
         was_busy = 0;
         arm(ring);

@@ -1,8 +1,9 @@
 /* One I/O queue pair as the compiled loop runs it.
  *
  * Python lends a queue pair to a ring (Controller.leases); from then on the ring owns its positions. The loop runs
- * what is common: reads and writes, by PRPs, of raw files or of no file at all. Before anything else it stops, with
- * nothing of it done, and Python runs that command. Nothing here takes the GIL or waits for anybody who holds it.
+ * what is common: reads and writes, by PRPs, of raw files or of no file at all, flushes, zeroes and deallocations. Before
+ * anything else it stops, with nothing of it done, and Python runs that command. Nothing here takes the GIL or waits for
+ * anybody who holds it.
  *
  * Who touches what: the fields under "terms" change only while the ring is not lent. Those under "loop" are written by
  * the loop alone; others may read those that are atomic. Doorbells, `stop` and `state` are atomic.
@@ -20,6 +21,7 @@
 #define RING_IOVECS 1024 /* of one command; Linux takes no more (IOV_MAX) */
 #define RING_SLOTS 128   /* commands at the disk at a time */
 #define SLOT_IOVECS 264  /* of one of those: 1 MiB in pages, and some */
+#define SLOT_RANGES 256  /* or ranges: what a Deallocate has */
 
 /* A run of guest memory [start, end), here at `base`. */
 struct ring_region {
@@ -37,6 +39,14 @@ struct ring_disk {
     uint8_t writable;
     uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
     uint32_t alignment; /* > 1: O_DIRECT, to be read and written through io_uring, memory and lengths in multiples */
+    uint8_t syncs;      /* a flush does something; otherwise no write has to wait for stable storage either */
+    uint8_t durable;    /* every write must be on stable storage when it completes */
+    int32_t zeroes_mode, unmapped_mode, discard_mode; /* nvmove.block.lend.LentSpace; 0: nothing to do, < 0: Python's */
+};
+
+/* In bytes, of a file. */
+struct ring_range {
+    uint64_t offset, length;
 };
 
 /* A command at the disk, or one that came back from there with an error. */
@@ -44,8 +54,18 @@ struct ring_slot {
     uint8_t sqe[64];
     uint32_t order; /* which since the ring was lent */
     uint32_t failed;
-    uint64_t length;
-    struct iovec iovecs[SLOT_IOVECS];
+    int32_t error; /* of one that failed: an errno that the disk tells only once; 0: it can be asked again */
+    int32_t fd;
+    uint64_t length; /* of the data */
+    uint32_t range, range_count; /* those begun, and all, to be done one after the other by fallocate's `mode` */
+    int32_t mode;
+    uint8_t is_direct;
+    uint8_t flushes;   /* then the file is to be flushed */
+    uint8_t told_once; /* what is under way may meet such an error */
+    union {
+        struct iovec iovecs[SLOT_IOVECS];
+        struct ring_range ranges[SLOT_RANGES];
+    };
 };
 
 /* Where the values of a doorbell come from: `told`, by the control thread, or a cell in memory that the host writes. */
@@ -85,7 +105,7 @@ struct ring {
     uint64_t sq_address, cq_address, max_transfer;
     uint32_t sq_size, cq_size, page_shift;
     uint16_t sqid;
-    uint8_t durable;   /* writes must be on stable storage: not for the loop */
+    uint8_t durable;   /* writes must be on stable storage when they complete */
     uint8_t interrupt; /* whether the completion queue has one */
     struct ring_region *regions;
     uint32_t region_count;
@@ -99,7 +119,7 @@ struct ring {
     uint32_t sq_head, cq_tail, phase, fetched, executing;
     struct ring_counts counts;
     uint32_t last_region;
-    struct ring_slot *slots; /* NULL: no O_DIRECT disk so far */
+    struct ring_slot *slots; /* NULL: nothing needed one so far */
     struct uring uring;
     uint32_t free_slots[RING_SLOTS];
     uint32_t free_count; /* RING_SLOTS less those in flight or failed */
@@ -132,8 +152,9 @@ int ring_take(struct ring *ring);
 void ring_kick(struct ring *ring);
 void ring_mute(struct ring *ring);
 
-/* Before a lease. */
+/* Before a lease, or on the ring's own thread. */
 int ring_open_disks(struct ring *ring);
+/* Before a lease. */
 int ring_begin(struct ring *ring);
 
 /* The ring's own thread, without the GIL. */

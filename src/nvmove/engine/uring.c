@@ -68,22 +68,60 @@ void uring_close(struct uring *uring)
     uring->fd = -1;
 }
 
-void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
-                   uint64_t id)
+static struct io_uring_sqe *prepare(struct uring *uring, uint8_t opcode, int fd, uint64_t id)
 {
     uint32_t tail = *uring->sq_tail, index = tail & uring->sq_mask;
     struct io_uring_sqe *sqe = &uring->sqes[index];
 
     memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = is_read ? IORING_OP_READV : IORING_OP_WRITEV;
+    sqe->opcode = opcode;
     sqe->fd = fd;
+    sqe->user_data = id;
+    uring->sq_array[index] = index;
+    store(*uring->sq_tail, tail + 1); /* the kernel looks when it is told to, in uring_submit */
+    uring->pending++;
+    return sqe;
+}
+
+static struct io_uring_sqe *prepare_iovecs(struct uring *uring, uint8_t opcode, int fd, const struct iovec *iovecs,
+                                           uint32_t count, uint64_t offset, uint64_t id)
+{
+    struct io_uring_sqe *sqe = prepare(uring, opcode, fd, id);
+
     sqe->addr = (uint64_t)(uintptr_t)iovecs;
     sqe->len = count;
     sqe->off = offset;
-    sqe->user_data = id;
-    uring->sq_array[index] = index;
-    store(*uring->sq_tail, tail + 1);
-    uring->pending++;
+    return sqe;
+}
+
+void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
+                   uint64_t id)
+{
+    prepare_iovecs(uring, is_read ? IORING_OP_READV : IORING_OP_WRITEV, fd, iovecs, count, offset, id);
+}
+
+void uring_prepare_durable(struct uring *uring, int is_direct, int fd, const struct iovec *iovecs, uint32_t count,
+                           uint64_t offset, uint64_t id)
+{
+    struct io_uring_sqe *sqe = prepare_iovecs(uring, IORING_OP_WRITEV, fd, iovecs, count, offset, id);
+
+    sqe->rw_flags = RWF_DSYNC;
+    if (!is_direct)
+        sqe->flags = IOSQE_ASYNC;
+}
+
+void uring_prepare_sync(struct uring *uring, int fd, uint64_t id)
+{
+    prepare(uring, IORING_OP_FSYNC, fd, id)->fsync_flags = IORING_FSYNC_DATASYNC;
+}
+
+void uring_prepare_allocate(struct uring *uring, int fd, int mode, uint64_t offset, uint64_t length, uint64_t id)
+{
+    struct io_uring_sqe *sqe = prepare(uring, IORING_OP_FALLOCATE, fd, id);
+
+    sqe->off = offset;
+    sqe->addr = length; /* io_uring's own places for these two */
+    sqe->len = (uint32_t)mode;
 }
 
 int uring_submit(struct uring *uring)

@@ -1,4 +1,4 @@
-/* A small io_uring (io_uring(7)) for files that are opened with O_DIRECT: without depth such a disk is slow. */
+/* A small io_uring (io_uring(7)), for what a disk takes its time for. */
 #ifndef NVMOVE_URING_H
 #define NVMOVE_URING_H
 
@@ -21,9 +21,17 @@ struct uring {
 int uring_open(struct uring *uring, uint32_t entries, int event_fd);
 void uring_close(struct uring *uring);
 
-/* Prepare a read or a write; the caller never has more than `entries` under way. `iovecs` stay until it ends. */
+/* Prepare a request; the caller never has more than `entries` under way.
+ * A read or a write, whose `iovecs` stay until it ends; */
 void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
                    uint64_t id);
+/* a write that ends when it is on stable storage, and never in the caller's time unless `is_direct`; */
+void uring_prepare_durable(struct uring *uring, int is_direct, int fd, const struct iovec *iovecs, uint32_t count,
+                           uint64_t offset, uint64_t id);
+/* fdatasync; */
+void uring_prepare_sync(struct uring *uring, int fd, uint64_t id);
+/* fallocate. */
+void uring_prepare_allocate(struct uring *uring, int fd, int mode, uint64_t offset, uint64_t length, uint64_t id);
 /* Start what is prepared; return 0 or an errno, and then nothing of it was started that was not before. */
 int uring_submit(struct uring *uring);
 /* Forget one that is prepared and not submitted; return whether there was one. */

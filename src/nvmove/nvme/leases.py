@@ -12,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
+from nvmove.nvme import failures
 from nvmove.nvme.activity import Callback
+from nvmove.nvme.batch import Failure
 from nvmove.nvme.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
 from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
@@ -30,10 +33,18 @@ from nvmove.nvme.seams import (
     LentInterrupt,
     LentMemory,
 )
-from nvmove.nvme.spec import Status
+from nvmove.nvme.spec import Nvm, Status
 
 if TYPE_CHECKING:
     from nvmove.nvme.controller import Controller
+
+
+_OPERATIONS = {
+    Nvm.FLUSH: Operation.FLUSH,
+    Nvm.WRITE: Operation.WRITE,
+    Nvm.WRITE_ZEROES: Operation.WRITE_ZEROES,
+}
+"""What a borrower makes durable."""
 
 
 class _Refused(Exception):
@@ -136,6 +147,9 @@ class Leases:
                 file.writable and not namespace.read_only,
                 file.zeroes,
                 file.alignment,
+                file.syncs,
+                file.durable,
+                file.space,
             )
         if not isinstance(controller.memory, LendsMemory):
             raise _Refused
@@ -200,9 +214,9 @@ class Leases:
         controller.doorbells.heard.update({cell_of(sq), cell_of(cq)} & controller.doorbells.late.keys())
         sq.borrower = cq.borrower = None
         cq.release(lease.permits)
-        lost: list[tuple[Command, Status]] = []
+        ends: list[Callback] = []
         if sq.epoch == controller.epoch:
-            lost = self._keep_failed(lease)
+            ends = self._keep_failed(lease)
             if lease.borrower.owed:
                 controller.notify(cq)
             for sqid in cq.sqs - {sq.sqid}:  # created meanwhile: they waited for room
@@ -210,8 +224,8 @@ class Leases:
 
         def release() -> None:
             lease.release()
-            for command, status in lost:
-                command.complete(status, dnr=status is Status.COMMAND_ID_CONFLICT)
+            for end in ends:
+                end()
             with self._lock:
                 after = controller.activity.leave(sq)
                 self._ended.notify_all()
@@ -220,21 +234,23 @@ class Leases:
 
         return release
 
-    def _keep_failed(self, lease: _Lease) -> list[tuple[Command, Status]]:
-        """Have what the disk failed tried again by Python, first of all; return what cannot be, and its status."""
+    def _keep_failed(self, lease: _Lease) -> list[Callback]:
+        """Have what the disk failed tried again by Python, first of all; return what ends commands that cannot be."""
         controller, sq = self._controller, lease.sq
-        lost: list[tuple[int, bytes, Status]] = []
-        for order, sqe in lease.borrower.failed():
+        lost: list[tuple[int, bytes, Callable[[Command], None]]] = []
+        for order, sqe, errno in lease.borrower.failed():
             held = HeldCommand(lease.first + order, sqe, ready=True)
-            if controller.sqs.get(sq.sqid) is not sq:
-                lost.append((held.order, sqe, Status.ABORTED_SQ_DELETION))
+            if errno:  # asked again, the file would say that all is well
+                lost.append((held.order, sqe, functools.partial(_fail, errno)))
+            elif controller.sqs.get(sq.sqid) is not sq:
+                lost.append((held.order, sqe, functools.partial(_refuse, Status.ABORTED_SQ_DELETION)))
             elif any(held.cid == other.cid for other in sq.held):
-                lost.append((held.order, sqe, Status.COMMAND_ID_CONFLICT))
+                lost.append((held.order, sqe, functools.partial(_refuse, Status.COMMAND_ID_CONFLICT)))
             elif not controller.registers.shutdown_status:  # a shutdown drops what is held
                 sq.hold(held)
         count = sq.cq.reserve(len(lost))
         controller.activity.enter(sq, count)
-        return [(Command(controller, sq, sqe, order), status) for order, sqe, status in lost[:count]]
+        return [functools.partial(end, Command(controller, sq, sqe, order)) for order, sqe, end in lost[:count]]
 
     def _copy(self, lease: _Lease) -> None:
         """Bring positions and counters up to date here."""
@@ -317,6 +333,23 @@ class Leases:
             self._barred -= 1
             for sqid in self._controller.sqs:
                 self._controller.engine.kick(sqid)
+
+
+def _refuse(status: Status, command: Command) -> None:
+    command.complete(status, dnr=status is Status.COMMAND_ID_CONFLICT)
+
+
+def _fail(errno: int, command: Command) -> None:
+    """What a flush, or a write that had to be durable, met with."""
+    if command.stale:
+        command.complete()
+        return
+    namespace = command.controller.namespaces.get(command.nsid)
+    assert namespace is not None  # it was lent
+    operation = _OPERATIONS[command.opcode]
+    lba = 0 if operation is Operation.FLUSH else command.cdw11 << 32 | command.cdw10
+    failure = Failure(operation, errno, lba << namespace.block_shift, namespace.backend)
+    failures.backend_failed(command.controller, command, failure)
 
 
 def _cell(memory: LentMemory, address: int) -> memoryview:

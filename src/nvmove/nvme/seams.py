@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from nvmove.block.lend import LentSpace
+
 
 class DmaError(Exception):
     """An access to guest memory that is not mapped, or is mapped read-only: a Data Transfer Error to the guest."""
@@ -130,6 +132,11 @@ class LentDisk(NamedTuple):
     """Without a file: reads give zeroes, and do not leave memory as it is."""
     alignment: int = 1
     """More: O_DIRECT, which wants memory and lengths in such multiples. Slow: it needs depth."""
+    syncs: bool = True
+    """Whether a flush does something."""
+    durable: bool = False
+    """Each write is to be as with FUA."""
+    space: LentSpace = LentSpace()
 
 
 class LentDoorbell(NamedTuple):
@@ -174,6 +181,16 @@ class LeaseTerms(NamedTuple):
     """Completion queue head."""
 
 
+class FailedCommand(NamedTuple):
+    """A command that the disk failed, and that is not completed."""
+
+    order: int
+    """Which since `lend`."""
+    sqe: bytes
+    errno: int
+    """Why its data did not get to stable storage, which Linux tells once; 0: the back end is to be asked again."""
+
+
 class Borrower(Protocol):
     """What runs a queue pair that is lent to it: it owns the positions of both rings until the pair is given back."""
 
@@ -215,8 +232,8 @@ class Borrower(Protocol):
     def owed(self) -> bool:
         """Whether an interrupt could not be sent because it was revoked."""
 
-    def failed(self) -> list[tuple[int, bytes]]:
-        """Return the commands that the disk failed, which are not completed: which since `lend`, and their SQEs."""
+    def failed(self) -> list[FailedCommand]:
+        """Return the commands that the disk failed, in any order."""
 
     # From any thread, with any lock held.
 

@@ -1,0 +1,27 @@
+/* Commands that a disk takes its time for: each has a slot while the loop of ring.c goes on with others. */
+#ifndef NVMOVE_SLOTS_H
+#define NVMOVE_SLOTS_H
+
+#include "ring.h"
+#include "sqe.h"
+
+/* Whether a write must be on stable storage when it completes. */
+static inline int must_be_durable(const struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+{
+    return disk->syncs && (sqe->cdw12 & FORCE_UNIT_ACCESS || ring->durable || disk->durable);
+}
+
+/* Take a slot for a command, to be started; NULL: there is no io_uring here. Its disk is `disk`. */
+struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
+/* Start a read or a write of the slot's iovecs; a durable one ends when its data is on stable storage. */
+void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, uint64_t offset, uint64_t length,
+                   int is_durable);
+/* Start the next of the slot's ranges, or the flush after them; 0: nothing is left to do. */
+int slot_next(struct ring *ring, struct ring_slot *slot);
+/* The file answered with -errno, or did a part. */
+void slot_fail(struct ring *ring, struct ring_slot *slot, int32_t result);
+
+/* Run a Flush, a Write Zeroes or a Deallocate, or start it. */
+enum outcome space_execute(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
+
+#endif
