@@ -79,8 +79,8 @@ def run_lent(ring: loop.Ring, lender: Lender, sqid: int, *, may_wait: bool = Tru
     if reason == loop.IDLE:
         return True
     if reason != loop.GONE:  # who took it has ended the lease
-        reads, _, writes, _ = ring.counts()
+        has_done = any(reads or writes for reads, _, writes, _ in ring.counts().values())
         lender.give_back(ring)
         if reason == loop.ODD:
-            lender.step(sqid, 1 if reads or writes else MANY)
+            lender.step(sqid, 1 if has_done else MANY)
     return False

@@ -16,6 +16,12 @@ cdef extern from "ring.h" nogil:
         uint32_t readable
         uint32_t writable
 
+    cdef struct ring_counts:
+        uint64_t reads
+        uint64_t bytes_read
+        uint64_t writes
+        uint64_t bytes_written
+
     cdef struct ring_disk:
         uint64_t blocks
         int32_t fd
@@ -24,17 +30,12 @@ cdef extern from "ring.h" nogil:
         uint8_t writable
         uint8_t zeroes
         uint32_t alignment
+        ring_counts counts
 
     cdef struct ring_slot:
         uint8_t sqe[64]
         uint32_t order
         uint32_t failed
-
-    cdef struct ring_counts:
-        uint64_t reads
-        uint64_t bytes_read
-        uint64_t writes
-        uint64_t bytes_written
 
     cdef struct ring_doorbell:
         uint32_t seen
@@ -79,7 +80,6 @@ cdef extern from "ring.h" nogil:
         uint32_t phase
         uint32_t fetched
         uint32_t executing
-        ring_counts counts
         ring_slot *slots
         uint32_t in_flight
         uint32_t state
@@ -235,9 +235,14 @@ cdef class Ring:
         return ring.sq_head, position(&ring.tail), position(&ring.head), ring.cq_tail, ring.phase, ring.fetched
 
     def counts(self):
-        """Return reads, bytes read, writes and bytes written since `lend`."""
-        counts = &self.ring.counts
-        return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written
+        """Return reads, bytes read, writes and bytes written since `lend`, by namespace id."""
+        found = {}
+        for nsid in range(self.ring.disk_count):
+            disk = &self.ring.disks[nsid]
+            if disk.present:
+                counts = &disk.counts
+                found[nsid] = counts.reads, counts.bytes_read, counts.writes, counts.bytes_written
+        return found
 
     @property
     def late(self):

@@ -113,7 +113,6 @@ int ring_begin(struct ring *ring)
 {
     ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
     ring->in_flight = ring->failed = 0;
-    memset(&ring->counts, 0, sizeof ring->counts);
     for (uint32_t i = 0; i < RING_SLOTS; i++) {
         ring->free_slots[i] = i;
         if (ring->slots)
@@ -340,14 +339,14 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
     return 1;
 }
 
-static void count_command(struct ring *ring, int is_read, uint64_t length)
+static void count_command(struct ring_counts *counts, int is_read, uint64_t length)
 {
     if (is_read) {
-        store(ring->counts.bytes_read, ring->counts.bytes_read + length);
-        store(ring->counts.reads, ring->counts.reads + 1);
+        store(counts->bytes_read, counts->bytes_read + length);
+        store(counts->reads, counts->reads + 1);
     } else {
-        store(ring->counts.bytes_written, ring->counts.bytes_written + length);
-        store(ring->counts.writes, ring->counts.writes + 1);
+        store(counts->bytes_written, counts->bytes_written + length);
+        store(counts->writes, counts->writes + 1);
     }
 }
 
@@ -357,7 +356,7 @@ enum outcome { FOR_PYTHON, DONE, STARTED };
 static enum outcome execute(struct ring *ring, const struct sqe *sqe)
 {
     int is_read = sqe->opcode == OPCODE_READ, count;
-    const struct ring_disk *disk;
+    struct ring_disk *disk;
     uint64_t lba, blocks, length;
 
     if ((!is_read && sqe->opcode != OPCODE_WRITE) || sqe->flags || sqe->nsid >= ring->disk_count)
@@ -384,7 +383,7 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
         for (int i = 0; i < count; i++)
             memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
     }
-    count_command(ring, is_read, length);
+    count_command(&disk->counts, is_read, length);
     return DONE;
 }
 
@@ -428,7 +427,7 @@ static void collect(struct ring *ring)
         memcpy(&sqe, slot->sqe, sizeof sqe);
         store(ring->in_flight, ring->in_flight - 1);
         if (result >= 0 && (uint64_t)result == slot->length) {
-            count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
+            count_command(&ring->disks[sqe.nsid].counts, sqe.opcode == OPCODE_READ, slot->length);
             ring->free_slots[ring->free_count++] = (uint32_t)index;
             post(ring, sqe.cid);
         } else {

@@ -28,6 +28,11 @@ struct ring_region {
     uint32_t readable, writable;
 };
 
+/* How much was done on one namespace since the ring was lent. */
+struct ring_counts {
+    uint64_t reads, bytes_read, writes, bytes_written;
+};
+
 /* A namespace, at the index of its id. */
 struct ring_disk {
     uint64_t blocks;
@@ -37,6 +42,7 @@ struct ring_disk {
     uint8_t writable;
     uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
     uint32_t alignment; /* > 1: O_DIRECT, to be read and written through io_uring, memory and lengths in multiples */
+    struct ring_counts counts;
 };
 
 /* A command at the disk, or one that came back from there with an error. */
@@ -74,11 +80,6 @@ enum ring_reason {
     RING_ODD,     /* the command at the head, or one that failed, is for Python; or a doorbell in memory cannot be */
 };
 
-/* How much was done since the ring was lent. */
-struct ring_counts {
-    uint64_t reads, bytes_read, writes, bytes_written;
-};
-
 struct ring {
     /* terms */
     uint64_t sq_address, cq_address, max_transfer;
@@ -96,7 +97,6 @@ struct ring {
 
     /* loop; atomic */
     uint32_t sq_head, cq_tail, phase, fetched, executing;
-    struct ring_counts counts;
     uint32_t last_region;
     struct ring_slot *slots; /* NULL: no O_DIRECT disk so far */
     struct uring uring;

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
 from nvmove.nvme.activity import Callback
 from nvmove.nvme.command import Command
@@ -51,8 +52,8 @@ class _Lease:
         """Commands that the queue had fetched before."""
         self.fetched = 0
         """What the queue knows of the borrower's fetched commands."""
-        self.counted = (0, 0, 0, 0)
-        """What SMART knows of the borrower's counts."""
+        self.counted: dict[int, tuple[int, int, int, int]] = {}
+        """What SMART and the namespaces' counters know of the borrower's counts."""
         self.memory: LentMemory | None = None
         self.interrupt: LentInterrupt | None = None
         self.files: list[LentFile] = []
@@ -237,13 +238,11 @@ class Leases:
 
     def _copy(self, lease: _Lease) -> None:
         """Bring positions and counters up to date here."""
-        sq, cq, smart = lease.sq, lease.sq.cq, self._controller.logs.smart
+        sq, cq = lease.sq, lease.sq.cq
         fetched = sq.fetched - lease.fetched
         sq.head, sq.tail, cq.head, cq.tail, cq.phase, lease.fetched = lease.borrower.positions()
         sq.fetched = fetched + lease.fetched
-        counts = lease.borrower.counts()
-        reads, bytes_read, writes, bytes_written = (now - old for now, old in zip(counts, lease.counted, strict=True))
-        lease.counted = counts
+        self._count(lease)
         is_tail_late, is_head_late = lease.borrower.late
         for cell, is_late in ((cell_of(sq), is_tail_late), (cell_of(cq), is_head_late)):
             if not is_late:
@@ -251,10 +250,21 @@ class Leases:
         spare = cq.free  # all slots stay given out, whatever the host consumed
         cq.reserve(spare)
         lease.permits += spare
-        smart.read_commands += reads
-        smart.bytes_read += bytes_read
-        smart.write_commands += writes
-        smart.bytes_written += bytes_written
+
+    def _count(self, lease: _Lease) -> None:
+        smart, counts = self._controller.logs.smart, lease.borrower.counts()
+        for nsid, now in counts.items():
+            before = lease.counted.get(nsid, (0, 0, 0, 0))
+            reads, bytes_read, writes, bytes_written = (new - old for new, old in zip(now, before, strict=True))
+            smart.read_commands += reads
+            smart.bytes_read += bytes_read
+            smart.write_commands += writes
+            smart.bytes_written += bytes_written
+            namespace = self._controller.namespaces.get(nsid)
+            assert namespace is not None  # which namespaces there are does not change
+            namespace.counters.add(Operation.READ, reads, bytes_read)
+            namespace.counters.add(Operation.WRITE, writes, bytes_written)
+        lease.counted = counts
 
     # --- the controller's side, with the lock held -------------------------------------------------------------------
 

@@ -199,8 +199,8 @@ class Borrower(Protocol):
     def positions(self) -> tuple[int, int, int, int, int, int]:
         """Return head and tail of the submission queue; head, tail and phase of the completion queue; the fetched."""
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """Return reads, bytes read, writes and bytes written since `lend`."""
+    def counts(self) -> dict[int, tuple[int, int, int, int]]:
+        """Return reads, bytes read, writes and bytes written since `lend`, by namespace id."""
 
     @property
     def late(self) -> tuple[bool, bool]:
