@@ -222,6 +222,7 @@ class Migration:
             async with self._runstate.lock:
                 if not await self._runstate.pause_devices():
                     return  # cancelled
+                self._check_bus()  # once more: the images are about to go
                 await self._snapshots.before_save()
                 async with self._snapshots.bus_masters():
                     reports = await asyncio.gather(*(asyncio.to_thread(device.mark_dirty) for device in self._devices))
@@ -239,7 +240,7 @@ class Migration:
                 self._facade.emit(self._held_event)
         except QemuGone:
             log.debug("QEMU ended in the switch-over")
-        except (SnapshotError, ReplayError, DmaError, BackendError, QmpError) as error:
+        except (SnapshotError, ReplayError, DmaError, BackendError, BusError, QmpError) as error:
             await self._fail(str(error))
         except Exception as error:  # QEMU waits for us, with the VM stopped: it must not wait for ever
             log.exception("migrate: the switch-over failed inside nvmove")

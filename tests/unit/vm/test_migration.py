@@ -512,6 +512,18 @@ def test_an_image_that_cannot_be_flushed_fails_the_users_own_switch_over_too() -
     with_bench(test)
 
 
+def test_a_bus_that_died_meanwhile_fails_the_migration_before_the_images_go() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        bench.bus_error = "dbus-daemon ended"
+        bench.switch_over()
+        await bench.until(Stage.IDLE)
+        assert (await bench.shown())["error-desc"] == "dbus-daemon ended"
+        assert not {"inactivate", "continue"} & set(bench.log)
+
+    with_bench(test)
+
+
 def test_what_nobody_foresaw_fails_the_migration_and_does_not_leave_it_waiting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
