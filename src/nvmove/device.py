@@ -25,6 +25,7 @@ from nvmove.engine.poller import Poller
 from nvmove.nvme import management, vmsd
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
+from nvmove.nvme.counters import Counters
 from nvmove.nvme.seams import DmaError, Engine
 from nvmove.nvme.spec import DOORBELLS
 from nvmove.nvme.vmsd import PciImage
@@ -257,6 +258,13 @@ class NvmeDevice:
             ],
             "controller": self.controller.inspect(),
         }
+
+    def counters(self, drive: str) -> Counters:
+        """Return what was asked of a drive since the device exists."""
+        with self.controller.lock:
+            self.controller.leases.refresh()
+            (found,) = (one.counters for one in self.controller.namespaces if one.config.drive == drive)
+            return found.copy()
 
     def refresh(self, drive: str | None = None) -> None:
         """The back ends, or one, were opened or changed size: the namespaces look at it again, the guest is told."""

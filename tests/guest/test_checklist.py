@@ -12,10 +12,11 @@ import pytest
 from nvmove.lab.console import READY
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
+from nvmove.lab.migration import ENDED, Traveller, migrate_status, wait_run_state, wait_status
 from nvmove.lab.sysroot import Sysroot
 from nvmove.vm.pciaddress import ConfigSpace, find
 from nvmove.vm.replay import MSIX_CONTROL, MSIX_FUNCTION_MASK
-from tests.guest.conftest import disk, loadvm, make_image, savevm
+from tests.guest.conftest import MachineFactory, disk, loadvm, make_image, savevm
 
 FIO = Fio("v", blocks=900, rate=200)
 
@@ -39,6 +40,16 @@ def assert_well(machine: Machine, *runs: Fio) -> None:
     for fio in runs:
         fio.wait(machine.console)
     assert disk_complaints(machine.console) == []
+
+
+def wait_ready(machine: Machine) -> None:
+    """Wait for the shell of a guest that boots; when it does not come, say whether its CPU runs, and where it is."""
+    try:
+        machine.console.read_until(READY, 240)
+        machine.console.read_until("guest# ", 60)
+    except TimeoutError as error:
+        where = [machine.qmp.hmp("info registers").split("CR0")[0] for _ in range(3)]
+        raise TimeoutError(f"{error}; {machine.qmp.hmp('info status')}; {where}") from None
 
 
 def test_intx_survives_loadvm_in_place_and_in_new_processes(machine: Machine, arguments: list[str]) -> None:
@@ -110,16 +121,41 @@ def test_saved_before_the_guest_has_enabled_the_controller(machine: Machine, arg
     machine.console.wait_boot()
     for tag in ("firmware", "reset"):
         assert machine.qmp.hmp(f"loadvm {tag}") == ""
-        if tag == "reset":
-            machine.qmp.execute("cont")
-        machine.console.read_until(READY, 240)
-        machine.console.read_until("guest# ", 60)
+        assert machine.qmp.status == "running"
+        wait_ready(machine)
     machine.kill()
     machine.start([*machine.linux, *arguments, "-loadvm", "firmware"])
     machine.console.wait_boot()
     FIO.run(machine.console)
     assert_well(machine)
     assert machine.quit() == 0
+
+
+def test_a_guest_resets_its_controller_during_pre_copy(machines: MachineFactory, tree: Sysroot, work: Path) -> None:
+    """As often as it can, the switch-over included: what was tracked before a reset is of no queue's any more."""
+    guest = Traveller(machines("m0"), ["-M", "q35", *disk(make_image(tree, work / "d0.raw", "64M"))], machines)
+    guest.boot()
+    guest.machine.console.check(
+        "((while [ ! -e /tmp/enough ] && nvme reset /dev/nvme0; do echo x >>/tmp/resets; done) >/dev/null 2>&1 &)"
+    )
+    source, destination = guest.machine, guest.destination()
+    destination.qmp.execute("migrate-incoming", {"uri": guest.uri(destination)})
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
+    source.qmp.execute("migrate", {"uri": guest.uri(destination)})
+    wait_status(source.qmp, "active")
+    for _ in range(3):
+        source.console.check("rm -f /tmp/resets; while [ ! -s /tmp/resets ]; do :; done", 90)
+    assert migrate_status(source.qmp)["status"] == "active"
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
+    assert wait_status(source.qmp, *ENDED)["status"] == "completed"
+    wait_run_state(destination.qmp, "running")
+    assert source.quit() == 0
+    console = destination.console
+    console.check("rm -f /tmp/resets; while [ ! -s /tmp/resets ]; do :; done", 90)
+    console.check("touch /tmp/enough; while pidof nvme; do sleep 0.1; done")
+    FIO.run(console)
+    assert [line for line in disk_complaints(console) if "resetting controller" not in line] == []
+    assert destination.quit() == 0
 
 
 def test_a_controller_without_a_namespace_is_saved_and_loaded(machine: Machine, tree: Sysroot, work: Path) -> None:

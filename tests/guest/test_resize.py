@@ -61,3 +61,18 @@ def test_a_snapshot_of_another_size_loads_when_the_disk_has_that_size_again(
     assert machine.qmp.hmp("loadvm t1") == ""
     assert machine.qmp.status == "running"
     assert machine.quit() == 0
+
+
+def test_a_snapshot_of_two_disks_loads_after_each_was_resized_and_has_its_size_again(
+    machine: Machine, tree: Sysroot, work: Path
+) -> None:
+    """The VM's state is on one of them, and QEMU looks only at what it takes for the first."""
+    images = {name: make_image(tree, work / f"{name}.qcow2", "16M") for name in ("d0", "d1")}
+    machine.start(["-M", "q35", *(word for name, path in images.items() for word in disk(path, name))])
+    assert machine.qmp.hmp("savevm t1") == ""
+    for name in images:
+        for size in ("32M", "16M"):
+            assert machine.qmp.hmp(f"block_resize {name} {size}") == ""
+        assert machine.qmp.hmp("loadvm t1") == ""
+    assert machine.qmp.status == "running"
+    assert machine.quit() == 0

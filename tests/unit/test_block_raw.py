@@ -118,6 +118,61 @@ def test_flush_is_fdatasync(disk: RawBackend, monkeypatch: pytest.MonkeyPatch) -
     assert [name for name, _ in seen] == ["fdatasync"]
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let the next call of a function of `os` fail with EIO, and no other: Linux tells of lost pages once."""
+    real = getattr(os, name)
+
+    def failing(*_arguments: object) -> object:
+        monkeypatch.setattr(os, name, real)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, name, failing)
+
+
+def test_after_a_flush_that_failed_none_succeeds(
+    disk: RawBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A retry would be told that all is well, and the guest with it, though written pages are gone."""
+    fail_once(monkeypatch, "fdatasync")
+    assert [do(disk, Operation.FLUSH) for _ in range(3)] == [errno.EIO] * 3
+    assert write(disk, 0, b"x" * 512) == 0
+    assert len(caplog.messages) == 1
+    assert "what was written before may be lost" in caplog.text
+
+
+def test_after_a_durable_write_that_failed_no_flush_succeeds(disk: RawBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, "pwritev")
+    assert write(disk, 0, b"x" * 512, fua=True) == errno.EIO
+    assert do(disk, Operation.FLUSH) == errno.EIO
+
+
+def test_a_write_that_failed_keeps_no_flush_from_succeeding(disk: RawBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_once(monkeypatch, "pwritev")
+    assert write(disk, 0, b"x" * 512) == errno.EIO
+    assert do(disk, Operation.FLUSH) == 0
+
+
+def test_an_image_that_cannot_be_flushed_is_not_handed_over(
+    disk: RawBackend, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert write(disk, 0, b"x" * 512) == 0
+    fail_once(monkeypatch, "fdatasync")
+    with pytest.raises(BackendError, match=f"'{path}' cannot be flushed, and not be handed over: Input/output error"):
+        disk.inactivate()
+    assert write(disk, 0, b"y" * 512) == 0
+    with pytest.raises(BackendError, match="lock"):
+        open_raw(str(path))
+
+
+def test_the_size_of_an_image_that_is_another_hosts_is_looked_at_each_time(disk: RawBackend, path: Path) -> None:
+    """A destination waits with the image open while the source resizes it."""
+    disk.inactivate()
+    os.truncate(path, 2 * MIB)
+    assert disk.size == 2 * MIB
+    disk.activate()
+    assert write(disk, 2 * MIB - 512, b"x" * 512) == 0
+
+
 def test_fua_is_one_system_call(disk: RawBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = calls(monkeypatch, "fdatasync", "pwritev")
     assert write(disk, 0, b"x" * 512, fua=True) == 0

@@ -18,8 +18,7 @@ from tests.nvme_host import DATA, Host
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.rings import LentDisk, LentLines, LentRam
-from tests.unit.test_engine_rings import Rig
+from tests.rings import LentDisk, LentLines, LentRam, Rig
 
 from nvmove.engine.loop import Bells
 from nvmove.nvme.spec import DOORBELLS, Nvm

@@ -13,10 +13,11 @@ pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not bu
 
 from tests.rings import LentDisk, LentLines, LentRam, Rig
 
+from nvmove.block.backend import Operation
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme import admin
-from nvmove.nvme.seams import FailedCommand, LeaseTerms
+from nvmove.nvme.seams import Counts, FailedCommand, LeaseTerms
 from nvmove.nvme.spec import (
     ALL_NAMESPACES,
     CSTS_RDY,
@@ -181,6 +182,24 @@ def test_smart_and_inspect_see_what_is_lent(rig: Rig) -> None:
     assert rig.controller.logs.smart.bytes_read == 2048
 
 
+def test_what_is_lent_is_counted_for_its_namespace(rig: Rig) -> None:
+    def counts() -> list[tuple[int, int]]:
+        with rig.controller.lock:
+            rig.controller.leases.refresh()
+            counters = rig.controller.namespaces.require_active(1).counters
+            return [(one.operations, one.bytes) for one in (counters[Operation.READ], counters[Operation.WRITE])]
+
+    assert rig.read(0, 4) == 0
+    assert rig.command(1, Nvm.WRITE, nsid=1).status == 0
+    assert counts() == [(1, 2048), (1, 512)]
+    assert rig.read() == 0
+    assert not rig.in_python
+    assert counts() == [(2, 2560), (1, 512)]
+    assert rig.command(1, Nvm.WRITE, nsid=1, cdw12=FUA).status == 0
+    assert rig.disk.operations != []
+    assert counts() == [(2, 2560), (2, 1024)]
+
+
 def test_a_second_queue_on_the_completion_queue_ends_the_loan(rig: Rig) -> None:
     rig.submit(1, Nvm.READ, nsid=1)
     rig.create(2, cqid=1)
@@ -224,6 +243,7 @@ class Hung:
 
     owed = False
     executing = 1
+    doorbells = 0
     late = False, False
 
     def __init__(self) -> None:
@@ -250,8 +270,8 @@ class Hung:
     def positions(self) -> tuple[int, int, int, int, int, int]:
         return self.now
 
-    def counts(self) -> tuple[int, int, int, int, int]:
-        return 0, 0, 0, 0, 0
+    def counts(self) -> Counts:
+        return {}
 
     def failed(self) -> list[FailedCommand]:
         return []

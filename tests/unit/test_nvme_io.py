@@ -23,6 +23,21 @@ def test_what_was_written_is_read() -> None:
     assert guest.disk.data[3 * 512 : 4 * 512] == PATTERN
 
 
+def test_requests_are_counted_by_namespace_and_kind_and_failures_apart() -> None:
+    guest = Guest(namespace(), namespace("d1"), disks={"d0": Disk(), "d1": Disk()})
+    first, second = (one.counters for one in guest.controller.namespaces)
+    assert guest.write(0, PATTERN).status == Status.SUCCESS
+    assert guest.read(0, 2).status == Status.SUCCESS
+    assert guest.io(Nvm.FLUSH, 0xFFFF_FFFF).status == Status.SUCCESS
+    guest.disk.fail[Operation.READ] = errno.EIO
+    assert guest.read(0, 2).status == Status.UNRECOVERED_READ_ERROR
+    assert [
+        (one.operations, one.bytes, one.failed)
+        for one in (first[Operation.READ], first[Operation.WRITE], first[Operation.FLUSH])
+    ] == [(1, 1024, 1), (1, 512, 0), (1, 0, 0)]
+    assert (second[Operation.READ].operations, second[Operation.FLUSH].operations) == (0, 1)
+
+
 def test_a_read_beyond_the_end_is_out_of_range_and_touches_nothing() -> None:
     guest = Guest()
     assert guest.read(2047, 1).status == Status.SUCCESS

@@ -15,6 +15,7 @@ from nvmove.vm.pciaddress import ConfigSpace, PciAddress, ReplayError, find
 from nvmove.vm.replay import MSIX_CONTROL, read_msix_table, replay
 from nvmove.vm.runstate import RunState
 from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vmstate.dbus_daemon import BusError
 
 BAR = 0xFEBF_8000
 TABLE = bytes(range(32))
@@ -36,7 +37,12 @@ class FakeQemu:
         self.on_hmp: dict[str, Any] = {}
         self.runstate: RunState | None = None
         self.refusal = ""
+        self.bus_error = ""
         self.jobs: list[dict[str, Any]] = [{"id": "j0", "status": "concluded"}]
+
+    def check(self) -> None:
+        if self.bus_error:
+            raise BusError(self.bus_error)
 
     async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         self.log.append(name)
@@ -215,6 +221,15 @@ def test_savevm_of_a_paused_vm_leaves_it_paused() -> None:
     run(snapshots.save("savevm t1"))
     assert "cont" not in qemu.log
     assert device.is_paused
+
+
+def test_without_a_bus_nothing_is_saved_or_loaded_and_nothing_is_stopped() -> None:
+    qemu, _, _, snapshots = setup()
+    qemu.bus_error = "dbus-daemon ended"
+    for work in (snapshots.save("savevm t"), snapshots.load("loadvm t"), snapshots.job("snapshot-save", {}, ())):
+        with pytest.raises(SnapshotError, match="dbus-daemon ended"):
+            run(work)
+    assert qemu.log == []
 
 
 def test_a_raw_disk_refuses_snapshots_in_qemus_words_and_nothing_is_stopped() -> None:

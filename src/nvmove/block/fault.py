@@ -207,6 +207,11 @@ class FaultyBackend:
             alignment=file.alignment,
         )
 
+    def sync_failed(self, code: int) -> None:
+        """As `LendsFile`."""
+        if isinstance(self.image, LendsFile):
+            self.image.sync_failed(code)
+
     @property
     def size(self) -> int:
         """Length in bytes."""

@@ -54,8 +54,12 @@ class LendsFile(Protocol):
 
         Reads, writes, fdatasync and fallocate, inside its size, are all that is done. What fails, or is done in part,
         is asked of the back end again, which finds the error anew; but for what failed to be made durable: Linux tells
-        that once. `revoke` is called, from any thread and with locks held, when it is wanted back.
+        that once, and `sync_failed` is called. `revoke` is called, from any thread and with locks held, when it is
+        wanted back.
         """
+
+    def sync_failed(self, code: int) -> None:
+        """Take note of the errno `code` that a borrower's sync met with; with no lock held."""
 
 
 class Loan:

@@ -89,6 +89,9 @@ class NullBackend:
             zeroes=self._config.read_zeroes,
         )
 
+    def sync_failed(self, code: int) -> None:
+        """Nothing is ever synced here."""
+
     def refresh_size(self) -> int:
         """Return the size, which does not change."""
         return self.size

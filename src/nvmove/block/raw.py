@@ -42,14 +42,17 @@ class RawBackend:
         self._lock = ImageLock(fd, path, read_only=options.read_only, share_rw=options.share_rw)
         self._size = self._space.size()
         self._gate = Gate(errno.EPERM)
+        self._lost = 0
+        """The errno of a sync through the page cache that failed. Linux tells of lost pages once and then takes them
+        for clean: what earlier writes left behind nobody knows, so no flush succeeds any more, as in QEMU."""
         if active:
             self._take()
             self._gate.open()
 
     @property
     def size(self) -> int:
-        """Length in bytes."""
-        return self._size
+        """Length in bytes. While another host has the image it may change it, so it is looked at each time."""
+        return self.refresh_size() if self._gate.refusal == errno.EPERM else self._size
 
     @property
     def read_only(self) -> bool:
@@ -86,7 +89,7 @@ class RawBackend:
     def lend(self, revoke: Callable[[], None]) -> LentFile | None:
         """Lend the file, as `LendsFile`, unless it is read and written in a special way."""
         options = self._options
-        if options.detect_zeroes != "off" or self._gate.stay(revoke):
+        if options.detect_zeroes != "off" or self._lost or self._gate.stay(revoke):
             return None
         return Loan(
             self._fd,
@@ -97,6 +100,11 @@ class RawBackend:
             space=self._space.lent,
             alignment=self._transfer.alignment,
         )
+
+    def sync_failed(self, code: int) -> None:
+        """A borrower's sync failed: from now on nothing is lent, and flushes fail."""
+        self._lose(OSError(code, os.strerror(code)))
+        self._gate.revoke()
 
     def refresh_size(self) -> int:
         """Look at the size again and return it; the old one stays when it cannot be read."""
@@ -127,9 +135,17 @@ class RawBackend:
             raise BackendError(f"Could not resize file: {reason}") from None
 
     def inactivate(self) -> None:
-        """Hand the image over: finish what is under way, flush, drop the locks. Requests are refused with EPERM."""
+        """Hand the image over: finish what is under way, flush, drop the locks. Requests are refused with EPERM.
+
+        Raises BackendError when it cannot be flushed, with the image still ours: whoever takes it next would miss
+        writes that the guest was told of.
+        """
         self._gate.shut(errno.EPERM)
-        self._flush_at_the_end()
+        try:
+            self._flush()
+        except OSError as error:
+            self._gate.open()
+            raise BackendError(f"'{self._path}' cannot be flushed, and not be handed over: {error.strerror}") from None
         self._lock.release()
 
     def activate(self) -> None:
@@ -147,7 +163,7 @@ class RawBackend:
     def _forget_cache(self) -> None:
         """Drop what the page cache has of the image: on a network filesystem it may be older than what is there."""
         try:
-            os.fdatasync(self._fd)  # only clean pages go
+            self._sync()  # only clean pages go
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             _log.warning("the page cache of '%s' cannot be dropped: %s", self._path, error.strerror)
@@ -157,7 +173,10 @@ class RawBackend:
         self._gate.shut()
         if self._fd < 0:
             return
-        self._flush_at_the_end()
+        try:
+            self._flush()
+        except OSError as error:
+            _log.error("'%s' cannot be flushed: %s", self._path, error.strerror)
         self._lock.release()
         os.close(self._fd)
         self._fd = -1
@@ -170,25 +189,47 @@ class RawBackend:
             case Operation.READ:
                 self._transfer.read(request.buffers, offset, length)
             case Operation.WRITE:
-                self._transfer.write(request.buffers, offset, length, fua)
+                self._write(request, fua)
             case Operation.FLUSH:
                 self._flush()
             case Operation.WRITE_ZEROES if length:
                 self._space.write_zeroes(offset, length, request.may_unmap)
                 if fua:
-                    os.fdatasync(self._fd)
+                    self._sync()
             case Operation.DISCARD if length:
                 self._space.discard(offset, length)
 
+    def _write(self, request: Request, fua: bool) -> None:
+        try:
+            self._transfer.write(request.buffers, request.offset, request.length, fua)
+        except OSError as error:
+            if fua and error.errno == errno.EIO:  # the write's own sync may have been told of others' pages
+                self._lose(error)
+            raise
+
     def _flush(self) -> None:
         if not (self._options.no_flush or self._options.read_only):
-            os.fdatasync(self._fd)
+            self._sync()
 
-    def _flush_at_the_end(self) -> None:
+    def _sync(self) -> None:
+        """Bring what was written to stable storage; raises OSError, and once it has, always."""
+        if self._lost:
+            raise OSError(self._lost, os.strerror(self._lost))
         try:
-            self._flush()
+            os.fdatasync(self._fd)
         except OSError as error:
-            _log.error("'%s' cannot be flushed: %s", self._path, error.strerror)
+            self._lose(error)
+            raise
+
+    def _lose(self, error: OSError) -> None:
+        if self._options.direct or self._lost:  # O_DIRECT leaves nothing in the page cache
+            return
+        self._lost = error.errno or errno.EIO
+        _log.error(
+            "'%s': a flush failed (%s), and what was written before may be lost: flushes fail until it is opened anew",
+            self._path,
+            error.strerror,
+        )
 
 
 def open_raw(filename: str, *, options: OpenOptions | None = None, active: bool = True) -> RawBackend:

@@ -53,7 +53,7 @@ int bells_ring(struct bells *bells, uint32_t cell, uint32_t value)
     if (ring) {
         is_taken = cell & 1 ? ring_set_head(ring, value) : ring_set_tail(ring, value);
         if (is_taken)
-            __atomic_fetch_add(&ring->counts.doorbells, 1, __ATOMIC_RELAXED);
+            __atomic_fetch_add(&ring->doorbells, 1, __ATOMIC_RELAXED);
     }
     pthread_mutex_unlock(&bells->lock);
     return is_taken;

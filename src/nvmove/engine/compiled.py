@@ -80,8 +80,8 @@ def run_lent(ring: loop.Ring, lender: Lender, sqid: int, *, may_wait: bool = Tru
     if reason == loop.IDLE:
         return True
     if reason != loop.GONE:  # who took it has ended the lease
-        reads, _, writes, _, _ = ring.counts()
+        has_done = any(requests for counts in ring.counts().values() for requests, _ in counts)
         lender.give_back(ring)
         if reason == loop.ODD:
-            lender.step(sqid, 1 if reads or writes else MANY)
+            lender.step(sqid, 1 if has_done else MANY)
     return False

@@ -20,6 +20,12 @@ cdef extern from "ring.h" nogil:
         uint32_t readable
         uint32_t writable
 
+    int RING_KINDS
+
+    cdef struct c_ring_count "ring_count":
+        uint64_t requests
+        uint64_t bytes
+
     cdef struct ring_disk:
         uint64_t blocks
         int32_t fd
@@ -33,19 +39,13 @@ cdef extern from "ring.h" nogil:
         int32_t zeroes_mode
         int32_t unmapped_mode
         int32_t discard_mode
+        c_ring_count counts[5]
 
     cdef struct ring_slot:
         uint8_t sqe[64]
         uint32_t order
         uint32_t failed
         int32_t error
-
-    cdef struct ring_counts:
-        uint64_t reads
-        uint64_t bytes_read
-        uint64_t writes
-        uint64_t bytes_written
-        uint64_t doorbells
 
     cdef struct ring_doorbell:
         uint32_t seen
@@ -90,9 +90,9 @@ cdef extern from "ring.h" nogil:
         uint32_t phase
         uint32_t fetched
         uint32_t executing
-        ring_counts counts
         ring_slot *slots
         uint32_t in_flight
+        uint64_t doorbells
         uint32_t state
         uint32_t stop
         uint32_t rung
@@ -306,9 +306,18 @@ cdef class Ring:
         return ring.sq_head, position(&ring.tail), position(&ring.head), ring.cq_tail, ring.phase, ring.fetched
 
     def counts(self):
-        """Return reads, bytes read, writes, bytes written and doorbells past the controller since `lend`."""
-        counts = &self.ring.counts
-        return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written, counts.doorbells
+        """As `Borrower.counts`."""
+        found = {}
+        for nsid in range(self.ring.disk_count):
+            disk = &self.ring.disks[nsid]
+            if disk.present:
+                found[nsid] = tuple([(disk.counts[kind].requests, disk.counts[kind].bytes) for kind in range(RING_KINDS)])
+        return found
+
+    @property
+    def doorbells(self):
+        """Doorbells told past the controller since `lend`."""
+        return self.ring.doorbells
 
     @property
     def late(self):

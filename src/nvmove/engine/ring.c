@@ -106,7 +106,6 @@ int ring_begin(struct ring *ring)
 {
     ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
     ring->in_flight = ring->failed = 0;
-    memset(&ring->counts, 0, sizeof ring->counts);
     for (uint32_t i = 0; i < RING_SLOTS; i++) {
         ring->free_slots[i] = i;
         if (ring->slots)
@@ -328,22 +327,11 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
     return 1;
 }
 
-static void count_command(struct ring *ring, int is_read, uint64_t length)
-{
-    if (is_read) {
-        store(ring->counts.bytes_read, ring->counts.bytes_read + length);
-        store(ring->counts.reads, ring->counts.reads + 1);
-    } else {
-        store(ring->counts.bytes_written, ring->counts.bytes_written + length);
-        store(ring->counts.writes, ring->counts.writes + 1);
-    }
-}
-
 /* Run a command to its success, or start it. */
 static enum outcome execute(struct ring *ring, const struct sqe *sqe)
 {
     int is_read = sqe->opcode == OPCODE_READ, is_durable, count;
-    const struct ring_disk *disk;
+    struct ring_disk *disk;
     uint64_t lba, blocks, length;
 
     if (sqe->flags || sqe->nsid >= ring->disk_count)
@@ -373,7 +361,7 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
         for (int i = 0; i < count; i++)
             memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
     }
-    count_command(ring, is_read, length);
+    ring_count(disk, is_read ? KIND_READ : KIND_WRITE, 1, length);
     return DONE;
 }
 
@@ -423,8 +411,7 @@ static int collect(struct ring *ring)
         memcpy(&sqe, slot->sqe, sizeof sqe);
         store(ring->in_flight, ring->in_flight - 1);
         if (is_done) {
-            if (slot->length)
-                count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
+            slot_count(ring, slot);
             ring->free_slots[ring->free_count++] = (uint32_t)index;
             post(ring, sqe.cid);
         } else {

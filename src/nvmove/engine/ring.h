@@ -30,6 +30,14 @@ struct ring_region {
     uint32_t readable, writable;
 };
 
+/* What is counted, in the order of nvmove.block.backend.Operation. */
+enum ring_kind { KIND_READ, KIND_WRITE, KIND_FLUSH, KIND_ZEROES, KIND_DISCARD, RING_KINDS };
+
+/* How much of one kind was done on one namespace since the ring was lent. */
+struct ring_count {
+    uint64_t requests, bytes;
+};
+
 /* A namespace, at the index of its id. */
 struct ring_disk {
     uint64_t blocks;
@@ -42,6 +50,7 @@ struct ring_disk {
     uint8_t syncs;      /* a flush does something; otherwise no write has to wait for stable storage either */
     uint8_t durable;    /* every write must be on stable storage when it completes */
     int32_t zeroes_mode, unmapped_mode, discard_mode; /* nvmove.block.lend.LentSpace; 0: nothing to do, < 0: Python's */
+    struct ring_count counts[RING_KINDS]; /* atomic */
 };
 
 /* In bytes, of a file. */
@@ -94,12 +103,6 @@ enum ring_reason {
     RING_ODD,     /* the command at the head, or one that failed, is for Python; or a doorbell in memory cannot be */
 };
 
-/* How much was done since the ring was lent. */
-struct ring_counts {
-    uint64_t reads, bytes_read, writes, bytes_written;
-    uint64_t doorbells; /* told past the controller (bells.c) */
-};
-
 struct ring {
     /* terms */
     uint64_t sq_address, cq_address, max_transfer;
@@ -117,7 +120,6 @@ struct ring {
 
     /* loop; atomic */
     uint32_t sq_head, cq_tail, phase, fetched, executing;
-    struct ring_counts counts;
     uint32_t last_region;
     struct ring_slot *slots; /* NULL: nothing needed one so far */
     struct uring uring;
@@ -132,6 +134,7 @@ struct ring {
     uint32_t deep; /* busy waits that are still worth it: lately the host had several completions to read */
 
     /* between threads */
+    uint64_t doorbells; /* told past the controller (bells.c) */
     uint32_t state, stop, rung, kicked, dozing, woken;
     int32_t wake_fd; /* an eventfd */
     pthread_mutex_t signalling;
@@ -143,6 +146,14 @@ struct ring {
 
 int ring_init(struct ring *ring);
 void ring_destroy(struct ring *ring);
+
+static inline void ring_count(struct ring_disk *disk, enum ring_kind kind, uint64_t requests, uint64_t bytes)
+{
+    struct ring_count *count = &disk->counts[kind];
+
+    __atomic_store_n(&count->bytes, count->bytes + bytes, __ATOMIC_RELEASE);
+    __atomic_store_n(&count->requests, count->requests + requests, __ATOMIC_RELEASE);
+}
 
 /* Any thread. */
 int ring_set_tail(struct ring *ring, uint32_t tail);

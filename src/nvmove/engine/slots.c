@@ -57,6 +57,35 @@ int slot_next(struct ring *ring, struct ring_slot *slot)
     return 1;
 }
 
+void slot_count(struct ring *ring, const struct ring_slot *slot)
+{
+    struct ring_disk *disk;
+    struct sqe sqe;
+    uint64_t bytes = 0;
+
+    memcpy(&sqe, slot->sqe, sizeof sqe);
+    disk = &ring->disks[sqe.nsid];
+    for (uint32_t i = 0; i < slot->range_count; i++)
+        bytes += slot->ranges[i].length;
+    switch (sqe.opcode) {
+    case OPCODE_READ:
+        ring_count(disk, KIND_READ, 1, slot->length);
+        break;
+    case OPCODE_WRITE:
+        ring_count(disk, KIND_WRITE, 1, slot->length);
+        break;
+    case OPCODE_FLUSH:
+        ring_count(disk, KIND_FLUSH, 1, 0);
+        break;
+    case OPCODE_WRITE_ZEROES:
+        ring_count(disk, KIND_ZEROES, 1, bytes);
+        break;
+    case OPCODE_DATASET_MANAGEMENT:
+        ring_count(disk, KIND_DISCARD, slot->range_count, bytes);
+        break;
+    }
+}
+
 /* Whether the kernel refused the call as such: it has not looked for errors then. */
 static int is_refusal(int32_t error)
 {

@@ -18,10 +18,12 @@ void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, ui
                    int is_durable);
 /* Start the next of the slot's ranges, or the flush after them; 0: nothing is left to do. */
 int slot_next(struct ring *ring, struct ring_slot *slot);
+/* Count what a slot has done, to its success. */
+void slot_count(struct ring *ring, const struct ring_slot *slot);
 /* The file answered with -errno, or did a part. */
 void slot_fail(struct ring *ring, struct ring_slot *slot, int32_t result);
 
 /* Run a Flush, a Write Zeroes or a Deallocate, or start it. */
-enum outcome space_execute(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
+enum outcome space_execute(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk);
 
 #endif

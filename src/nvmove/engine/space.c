@@ -29,12 +29,15 @@ static enum outcome start(struct ring *ring, struct ring_slot *slot)
     return STARTED;
 }
 
-static enum outcome flush(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+static enum outcome flush(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk)
 {
     struct ring_slot *slot;
 
-    if (!disk->syncs)
+    if (!disk->syncs) {
+        if (disk->writable) /* nobody is asked to flush what cannot be written */
+            ring_count(disk, KIND_FLUSH, 1, 0);
         return DONE;
+    }
     slot = slot_take(ring, sqe, disk);
     if (!slot)
         return FOR_PYTHON;
@@ -42,7 +45,7 @@ static enum outcome flush(struct ring *ring, const struct sqe *sqe, const struct
     return start(ring, slot);
 }
 
-static enum outcome write_zeroes(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+static enum outcome write_zeroes(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk)
 {
     int32_t mode = sqe->cdw12 & DEALLOCATE ? disk->unmapped_mode : disk->zeroes_mode;
     uint64_t lba = sqe_lba(sqe), blocks = (sqe->cdw12 & NLB_MASK) + 1;
@@ -52,8 +55,10 @@ static enum outcome write_zeroes(struct ring *ring, const struct sqe *sqe, const
         return FOR_PYTHON;
     if (!disk->writable || mode < 0 || !is_inside(disk, lba, blocks))
         return FOR_PYTHON;
-    if (!mode)
+    if (!mode) {
+        ring_count(disk, KIND_ZEROES, 1, blocks << disk->shift);
         return DONE;
+    }
     slot = slot_take(ring, sqe, disk);
     if (!slot)
         return FOR_PYTHON;
@@ -77,10 +82,11 @@ static int read_ranges(struct ring *ring, const struct sqe *sqe, struct dsm_rang
     return iovecs > 0;
 }
 
-static enum outcome deallocate(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+static enum outcome deallocate(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk)
 {
     struct dsm_range ranges[SLOT_RANGES];
     uint32_t count = (sqe->cdw10 & RANGES_MASK) + 1, used = 0;
+    uint64_t bytes = 0;
     struct ring_slot *slot;
 
     if (!read_ranges(ring, sqe, ranges, count))
@@ -94,9 +100,12 @@ static enum outcome deallocate(struct ring *ring, const struct sqe *sqe, const s
             return FOR_PYTHON;
         if (ranges[i].blocks)
             ranges[used++] = ranges[i];
+        bytes += (uint64_t)ranges[i].blocks << disk->shift;
     }
-    if (!disk->discard_mode || !used)
+    if (!disk->discard_mode || !used) {
+        ring_count(disk, KIND_DISCARD, used, bytes);
         return DONE;
+    }
     slot = slot_take(ring, sqe, disk);
     if (!slot)
         return FOR_PYTHON;
@@ -107,7 +116,7 @@ static enum outcome deallocate(struct ring *ring, const struct sqe *sqe, const s
     return start(ring, slot);
 }
 
-enum outcome space_execute(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+enum outcome space_execute(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk)
 {
     switch (sqe->opcode) {
     case OPCODE_FLUSH:

@@ -48,12 +48,15 @@ class Batch:
         depth: int = DEPTH,
         is_stale: Callable[[], bool] = lambda: False,
         ignores: Callable[[Failure], bool] = lambda _failure: False,
+        count: Callable[[Part, int], None] = lambda _part, _errno: None,
     ) -> None:
+        """`count(part, errno)` is told of each request that has ended, errno 0: well."""
         self._parts = iter(parts)
         self._done = done
         self._depth = depth
         self._is_stale = is_stale
         self._ignores = ignores
+        self._count = count
         self._lock = threading.Lock()
         self._under_way = 0
         self._exhausted = False
@@ -97,6 +100,7 @@ class Batch:
 
     def _submit(self, part: Part) -> None:
         def ended(errno: int) -> None:
+            self._count(part, errno)
             failure = Failure(part.operation, errno, part.offset, part.backend) if errno else None
             if failure is not None and self._ignores(failure):
                 failure = None

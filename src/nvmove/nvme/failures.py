@@ -87,7 +87,7 @@ def _announce(controller: Controller, failure: Failure, action: Action) -> None:
 
 
 def _namespace(controller: Controller, failure: Failure) -> Namespace:
-    return next(namespace for namespace in controller.namespaces if namespace.backend is failure.backend)
+    return controller.namespaces.of(failure.backend)
 
 
 def _report(controller: Controller, command: Command, failure: Failure) -> None:

@@ -101,7 +101,15 @@ def _start(
             log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)
 
-    Batch(parts, done, is_stale=lambda: command.stale, ignores=ignores).start()
+    def count(part: Part, errno: int) -> None:
+        with controller.lock:
+            counters = controller.namespaces.of(part.backend).counters
+            if errno:
+                counters.fail(part.operation)
+            else:
+                counters.add(part.operation, 1, part.length)
+
+    Batch(parts, done, is_stale=lambda: command.stale, ignores=ignores, count=count).start()
 
 
 def _start_lba(command: Command) -> int:

@@ -10,6 +10,7 @@ that sleeps gives back at once, without its thread; one that works, after the co
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from nvmove.nvme.doorbells import CELL, cell_of
 from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
 from nvmove.nvme.seams import (
     Borrower,
+    Counts,
     LeaseTerms,
     LendsInterrupts,
     LendsMemory,
@@ -62,8 +64,10 @@ class _Lease:
         """Commands that the queue had fetched before."""
         self.fetched = 0
         """What the queue knows of the borrower's fetched commands."""
-        self.counted = (0, 0, 0, 0, 0)
-        """What is known here of the borrower's counts."""
+        self.counted: Counts = {}
+        """What SMART and the namespaces' counters know of the borrower's counts."""
+        self.doorbells = 0
+        """And what is known of the doorbells that it was told."""
         self.memory: LentMemory | None = None
         self.interrupt: LentInterrupt | None = None
         self.files: list[LentFile] = []
@@ -238,10 +242,10 @@ class Leases:
         """Have what the disk failed tried again by Python, first of all; return what ends commands that cannot be."""
         controller, sq = self._controller, lease.sq
         lost: list[tuple[int, bytes, Callable[[Command], None]]] = []
-        for order, sqe, errno in lease.borrower.failed():
+        for order, sqe, code in lease.borrower.failed():
             held = HeldCommand(lease.first + order, sqe, ready=True)
-            if errno:  # asked again, the file would say that all is well
-                lost.append((held.order, sqe, functools.partial(_fail, errno)))
+            if code:  # asked again, the file would say that all is well
+                lost.append((held.order, sqe, functools.partial(_fail, code)))
             elif controller.sqs.get(sq.sqid) is not sq:
                 lost.append((held.order, sqe, functools.partial(_refuse, Status.ABORTED_SQ_DELETION)))
             elif any(held.cid == other.cid for other in sq.held):
@@ -254,14 +258,11 @@ class Leases:
 
     def _copy(self, lease: _Lease) -> None:
         """Bring positions and counters up to date here."""
-        sq, cq, smart = lease.sq, lease.sq.cq, self._controller.logs.smart
+        sq, cq = lease.sq, lease.sq.cq
         fetched = sq.fetched - lease.fetched
         sq.head, sq.tail, cq.head, cq.tail, cq.phase, lease.fetched = lease.borrower.positions()
         sq.fetched = fetched + lease.fetched
-        counts = lease.borrower.counts()
-        since = (now - old for now, old in zip(counts, lease.counted, strict=True))
-        reads, bytes_read, writes, bytes_written, doorbells = since
-        lease.counted = counts
+        self._count(lease)
         is_tail_late, is_head_late = lease.borrower.late
         for cell, is_late in ((cell_of(sq), is_tail_late), (cell_of(cq), is_head_late)):
             if not is_late:
@@ -269,11 +270,26 @@ class Leases:
         spare = cq.free  # all slots stay given out, whatever the host consumed
         cq.reserve(spare)
         lease.permits += spare
-        smart.read_commands += reads
-        smart.bytes_read += bytes_read
-        smart.write_commands += writes
-        smart.bytes_written += bytes_written
-        self._controller.doorbells.writes += doorbells
+
+    def _count(self, lease: _Lease) -> None:
+        smart, counts = self._controller.logs.smart, lease.borrower.counts()
+        for nsid, now in counts.items():
+            namespace = self._controller.namespaces.get(nsid)
+            assert namespace is not None  # which namespaces there are does not change
+            before = lease.counted.get(nsid, ((0, 0),) * len(Operation))
+            for operation, new, old in zip(Operation, now, before, strict=True):
+                requests, length = new[0] - old[0], new[1] - old[1]
+                namespace.counters.add(operation, requests, length)
+                if operation is Operation.READ:
+                    smart.read_commands += requests
+                    smart.bytes_read += length
+                elif operation is Operation.WRITE:
+                    smart.write_commands += requests
+                    smart.bytes_written += length
+        lease.counted = counts
+        doorbells = lease.borrower.doorbells
+        self._controller.doorbells.writes += doorbells - lease.doorbells
+        lease.doorbells = doorbells
 
     # --- the controller's side, with the lock held -------------------------------------------------------------------
 
@@ -339,7 +355,7 @@ def _refuse(status: Status, command: Command) -> None:
     command.complete(status, dnr=status is Status.COMMAND_ID_CONFLICT)
 
 
-def _fail(errno: int, command: Command) -> None:
+def _fail(code: int, command: Command) -> None:
     """What a flush, or a write that had to be durable, met with."""
     if command.stale:
         command.complete()
@@ -347,8 +363,12 @@ def _fail(errno: int, command: Command) -> None:
     namespace = command.controller.namespaces.get(command.nsid)
     assert namespace is not None  # it was lent
     operation = _OPERATIONS[command.opcode]
+    if isinstance(namespace.backend, LendsFile) and (operation is not Operation.WRITE or code == errno.EIO):
+        namespace.backend.sync_failed(code)
+    with command.controller.lock:
+        namespace.counters.fail(operation)
     lba = 0 if operation is Operation.FLUSH else command.cdw11 << 32 | command.cdw10
-    failure = Failure(operation, errno, lba << namespace.block_shift, namespace.backend)
+    failure = Failure(operation, code, lba << namespace.block_shift, namespace.backend)
     failures.backend_failed(command.controller, command, failure)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nvmove.block.backend import Backend
 from nvmove.nvme import state
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
+from nvmove.nvme.counters import Counters
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.spec import ALL_NAMESPACES, LOCATION_CDW10, LOCATION_NSID, MAX_NAMESPACES, Status
 
@@ -45,6 +46,7 @@ class Namespace:
         self.attached = not config.detached
         self.error_recovery = 0
         """Feature 05h: dword 11 as the guest set it."""
+        self.counters = Counters()
         self.formatting = False
         """A Format NVM is under way; it ends before a save."""
 
@@ -112,6 +114,7 @@ class NamespaceTable:
 
     def __init__(self, config: ControllerConfig, backends: Mapping[str, Backend]) -> None:
         self._by_id: dict[int, Namespace] = {}
+        self._by_backend: dict[int, Namespace] = {}
         fixed = [namespace for namespace in config.namespaces if namespace.nsid]
         free = [namespace for namespace in config.namespaces if not namespace.nsid]
         for namespace in fixed:
@@ -128,7 +131,9 @@ class NamespaceTable:
         self._by_id = dict(sorted(self._by_id.items()))
 
     def _add(self, nsid: int, config: NamespaceConfig, backends: Mapping[str, Backend]) -> None:
-        self._by_id[nsid] = Namespace(nsid, config, backends[config.drive])
+        namespace = Namespace(nsid, config, backends[config.drive])
+        self._by_id[nsid] = namespace
+        self._by_backend.setdefault(id(namespace.backend), namespace)
 
     def __iter__(self) -> Iterator[Namespace]:
         return iter(self._by_id.values())
@@ -141,6 +146,10 @@ class NamespaceTable:
     def get(self, nsid: int) -> Namespace | None:
         """Return the allocated namespace `nsid`."""
         return self._by_id.get(nsid)
+
+    def of(self, backend: Backend) -> Namespace:
+        """Return the namespace on `backend`, which is one of ours."""
+        return self._by_backend[id(backend)]
 
     def find(self, nsid: int) -> Namespace | None:
         """Return the allocated namespace `nsid`, or None for a valid id without one; raise CommandError otherwise."""

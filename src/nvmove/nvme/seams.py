@@ -191,6 +191,10 @@ class FailedCommand(NamedTuple):
     """Why its data did not get to stable storage, which Linux tells once; 0: the back end is to be asked again."""
 
 
+Counts = dict[int, tuple[tuple[int, int], ...]]
+"""By namespace id: requests and bytes of each `nvmove.block.backend.Operation`, in their order."""
+
+
 class Borrower(Protocol):
     """What runs a queue pair that is lent to it: it owns the positions of both rings until the pair is given back."""
 
@@ -217,8 +221,12 @@ class Borrower(Protocol):
     def positions(self) -> tuple[int, int, int, int, int, int]:
         """Return head and tail of the submission queue; head, tail and phase of the completion queue; the fetched."""
 
-    def counts(self) -> tuple[int, int, int, int, int]:
-        """Return reads, bytes read, writes, bytes written and doorbells told past the controller, since `lend`."""
+    def counts(self) -> Counts:
+        """Return what was done since `lend`."""
+
+    @property
+    def doorbells(self) -> int:
+        """Doorbells told past the controller since `lend`."""
 
     @property
     def late(self) -> tuple[bool, bool]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nvmove.block.backend import Backend
 from nvmove.block.config import DriveConfig
+from nvmove.nvme.counters import Counters
 from nvmove.vm.iostatus import OK, IoStatus
 
 
@@ -27,6 +28,8 @@ class ServedDrive:
     in_qemu: bool
     """Whether the image is QEMU's (and exported to us) or opened by nvmove itself."""
     io: IoStatus = field(default_factory=IoStatus)
+    counters: Callable[[], Counters] = Counters
+    """What was asked of it since the VM exists."""
     export: str = ""
     """Where it is QEMU's: the id of its export to us."""
 

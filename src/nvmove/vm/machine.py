@@ -27,6 +27,7 @@ from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
+from nvmove.vm.blockstats import BlockStats
 from nvmove.vm.capabilities import Capabilities
 from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.faults import FaultCommands
@@ -192,6 +193,7 @@ class Machine:
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, runstate, self._devices, unsaveable, bus)
         Handlers(facade, runstate, snapshots, served).register()
+        BlockStats(facade, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
         if exports:
             shared = [(by_key[key], export) for key, export in exports.items()]
@@ -259,6 +261,7 @@ class Machine:
 
     def _served(self, drive: _Drive, export: Export | None) -> ServedDrive:
         plan = drive.plan
+        (device,) = (device for device in self._devices if device.id == plan.device)
         return ServedDrive(
             plan.name,
             drive.node,
@@ -267,6 +270,7 @@ class Machine:
             drive.backend,
             plan.in_qemu,
             drive.io,
+            functools.partial(device.counters, plan.key),
             export.name if export else "",
         )
 

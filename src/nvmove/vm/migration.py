@@ -222,6 +222,7 @@ class Migration:
             async with self._runstate.lock:
                 if not await self._runstate.pause_devices():
                     return  # cancelled
+                self._check_bus()  # once more: the images are about to go
                 await self._snapshots.before_save()
                 async with self._snapshots.bus_masters():
                     reports = await asyncio.gather(*(asyncio.to_thread(device.mark_dirty) for device in self._devices))
@@ -239,11 +240,14 @@ class Migration:
                 self._facade.emit(self._held_event)
         except QemuGone:
             log.debug("QEMU ended in the switch-over")
-        except (SnapshotError, ReplayError, DmaError, QmpError) as error:
+        except (SnapshotError, ReplayError, DmaError, BackendError, BusError, QmpError) as error:
             await self._fail(str(error))
+        except Exception as error:  # QEMU waits for us, with the VM stopped: it must not wait for ever
+            log.exception("migrate: the switch-over failed inside nvmove")
+            await self._fail(f"nvmove: internal error: {error}")
 
     async def _go_on(self) -> None:
-        """Hand the images over and let QEMU send the rest. Raises QmpError."""
+        """Hand the images over and let QEMU send the rest. Raises QmpError, BackendError."""
         if await self._images.release(lambda: self.stage is Stage.READY):
             await self._facade.execute("migrate-continue", {"state": PRE_SWITCHOVER})
             if self.stage is Stage.READY:
@@ -255,7 +259,10 @@ class Migration:
             return  # somebody else did
         self._failure = reason
         log.error("migrate: %s", reason)
-        await self._facade.execute("migrate_cancel")
+        try:
+            await self._facade.execute("migrate_cancel")
+        except (QmpError, QemuGone) as error:
+            log.debug("there was nothing to cancel any more: %s", error)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -322,7 +329,11 @@ class Migration:
         if self.stage in {Stage.PREPARING, Stage.READY} and arguments == {"state": PRE_SWITCHOVER}:
             if self.stage is Stage.PREPARING or not self._users_pause:
                 raise QmpError("GenericError", f"Migration not in expected state: {ACTIVE}")
-            await self._go_on()
+            try:
+                await self._go_on()
+            except BackendError as error:
+                await self._fail(str(error))
+                raise QmpError("GenericError", str(error)) from None
             return {}
         return await facade.execute("migrate-continue", arguments)
 

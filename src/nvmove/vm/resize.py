@@ -77,7 +77,7 @@ class Resize:
             assert isinstance(size, int)
             await self._resize_raw(disk, disk.image, size)
             return {}
-        return await self._at_rest(disk, self._without_export(disk, disk.image, node, in_qemu))
+        return await self._at_rest(disk, self._resize_exported(disk, disk.image, node, in_qemu))
 
     async def _hmp(self, facade: Facade, arguments: str, _out: Callable[[str], None]) -> str:
         words = arguments.split()
@@ -87,7 +87,7 @@ class Resize:
             return await facade.hmp(line)
         disk, node = found
         if isinstance(disk.image, Export):
-            work = self._without_export(disk, disk.image, node, lambda: facade.hmp(line))
+            work = self._resize_exported(disk, disk.image, node, lambda: facade.hmp(line))
             return str(await self._at_rest(disk, work))
         size = parse_size(words[1], "m")
         if size is None:
@@ -116,6 +116,28 @@ class Resize:
                 if (await self._facade.execute("query-status"))["running"]:
                     await self._runstate.resume_devices()
             return answer
+
+    async def _resize_exported(
+        self, disk: Disk, export: Export, node: str, resize: Callable[[], Awaitable[Any]]
+    ) -> Any:
+        """Resize `node`, and have the exports in the order they were in.
+
+        QEMU keeps a VM's state on the first of the disks, in the order in which their users came, and looks for it
+        there again: an export that came back as the last one would hide every snapshot there is.
+        """
+
+        async def nothing() -> None:
+            pass
+
+        try:
+            return await self._without_export(disk, export, node, resize)
+        finally:
+            current = await current_nodes(self._facade)
+            for later in self._disks[self._disks.index(disk) + 1 :]:
+                if isinstance(later.image, Export):
+                    on = current.get(later.image.name, later.node)
+                    await self._without_export(later, later.image, on, nothing)
+                    await asyncio.to_thread(later.refresh)
 
     async def _without_export(self, disk: Disk, export: Export, node: str, work: Callable[[], Awaitable[Any]]) -> Any:
         """Do `work` while `node` is not exported.

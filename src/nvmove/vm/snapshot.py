@@ -17,6 +17,7 @@ from nvmove.vm.pciaddress import ReplayError, find
 from nvmove.vm.replay import Replayed, bus_master, read_msix_table, replay
 from nvmove.vm.runstate import Held, Monitor, Paused, RunState
 from nvmove.vmstate.bus import check_size
+from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.schema import StateError
 
 _MISSING = re.compile(r"Failed to find proxy Id 'nvmove/([^']+)'")
@@ -47,6 +48,9 @@ class Refuser(Protocol):
 
     refusal: str
     """Why a state was refused: its Id and the reason; empty when none was."""
+
+    def check(self) -> None:
+        """Raise BusError when QEMU would not reach the states."""
 
 
 class HmpMonitor(Monitor, Protocol):
@@ -79,6 +83,13 @@ class Snapshots:
         self._jobs: dict[str, asyncio.Future[None]] = {}
         self._errors: dict[str, str] = {}
         """What `query-jobs` says of jobs that have failed, where it is not what QEMU says."""
+
+    def _check_bus(self) -> None:
+        """Raise SnapshotError where QEMU would say for itself, in five lines of its libraries', that it has no bus."""
+        try:
+            self._refuser.check()
+        except BusError as error:
+            raise SnapshotError(str(error)) from None
 
     def check(self) -> None:
         """Raise SnapshotError, in QEMU's words, when a disk that nvmove serves itself cannot hold snapshots."""
@@ -121,6 +132,7 @@ class Snapshots:
     async def save(self, line: str) -> str:
         """Run the HMP command `savevm …`; return its output."""
         self.check()
+        self._check_bus()
         async with self._runstate.held():
             await self.before_save()
             return await self._monitor.hmp(line)
@@ -131,6 +143,7 @@ class Snapshots:
         A load that failed half-way leaves the VM stopped, as QEMU does; one that touched nothing lets it run on.
         """
         self.check()
+        self._check_bus()
         async with self._runstate.held(for_load=True) as held:
             mark = self._begin_load()
             output = await self._monitor.hmp(line)
@@ -182,6 +195,7 @@ class Snapshots:
         for node in [arguments.get("vmstate"), *arguments.get("devices", ())]:
             if node in nodes:
                 raise SnapshotError(f"Device '{node}' is writable but does not support snapshots")
+        self._check_bus()
         job_id = arguments.get("job-id")
         await self._runstate.lock.acquire()
         held = Held(run_on=False)

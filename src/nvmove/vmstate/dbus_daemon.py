@@ -114,7 +114,10 @@ class DBusDaemon:
     def check(self) -> None:
         """Raise BusError when the daemon has ended."""
         if self._process.returncode is not None:
-            raise BusError(f"dbus-daemon (pid {self.pid}) ended with status {self._process.returncode}")
+            raise BusError(
+                f"dbus-daemon (pid {self.pid}), which carries the state of nvmove's devices, ended with status "
+                f"{self._process.returncode}: the VM cannot be saved, loaded or moved until it is started anew"
+            )
 
     async def close(self) -> None:
         """End the daemon and remove its files."""

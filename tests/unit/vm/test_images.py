@@ -14,6 +14,7 @@ class Image:
     def __init__(self, locked: bool = False) -> None:
         self.locked = locked
         self.active = False
+        self.broken = False
 
     def activate(self) -> None:
         if self.locked:
@@ -21,6 +22,8 @@ class Image:
         self.active = True
 
     def inactivate(self) -> None:
+        if self.broken:
+            raise BackendError("cannot be flushed")
         self.active = False
 
 
@@ -47,5 +50,31 @@ def test_a_release_that_is_not_wanted_any_more_does_nothing() -> None:
         seen = [(await images.release(wanted), image.active) for wanted in (lambda: False, lambda: True)]
         assert seen == [(False, True), (True, False)]
         assert not images.taken
+
+    asyncio.run(test())
+
+
+def test_when_one_cannot_be_handed_over_all_can_be_taken_again() -> None:
+    async def test() -> None:
+        first, second = Image(), Image()
+        images = Images([first, second], taken=False)
+        await images.take()
+        second.broken = True
+        with pytest.raises(BackendError, match="cannot be flushed"):
+            await images.release(lambda: True)
+        assert (first.active, second.active, images.taken) == (False, True, False)
+        await images.take()
+        assert (first.active, second.active, images.taken) == (True, True, True)
+
+    asyncio.run(test())
+
+
+def test_an_image_that_cannot_be_given_back_does_not_hide_why_another_was_not_to_be_had() -> None:
+    async def test() -> None:
+        first, second = Image(), Image(locked=True)
+        first.broken = True
+        images = Images([first, second], taken=False)
+        with pytest.raises(BackendError, match="locked"):
+            await images.take()
 
     asyncio.run(test())

@@ -46,6 +46,8 @@ class Bench:
         """What reading the MSI-X tables raises."""
         self.bus_error = ""
         self.locked = ""
+        self.broken = ""
+        """Why the image cannot be flushed."""
         qemu.answers |= {
             "migrate": self._migrate,
             "migrate_cancel": self._cancel,
@@ -143,6 +145,8 @@ class Bench:
         self.log.append("activate")
 
     def inactivate(self) -> None:
+        if self.broken:
+            raise BackendError(self.broken)
         self.log.append("inactivate")
 
     async def before_save(self) -> None:
@@ -474,6 +478,65 @@ def test_what_goes_wrong_on_our_side_fails_the_migration_with_its_reason(error: 
         assert bench.log[-1] in {"resume", "track False"}
 
     with_bench(test)
+
+
+def test_an_image_that_cannot_be_flushed_fails_the_migration_and_the_vm_runs_on() -> None:
+    """It would arrive without what the guest has written."""
+
+    async def test(bench: Bench) -> None:
+        bench.broken = "cannot be flushed"
+        await bench.start()
+        bench.switch_over()
+        await bench.until(Stage.IDLE)
+        assert "continue" not in bench.log
+        answer = await bench.shown()
+        assert (answer["status"], answer["error-desc"]) == ("failed", "cannot be flushed")
+        assert bench.log[-1] in {"resume", "track False"}
+        assert bench.images.taken
+
+    with_bench(test)
+
+
+def test_an_image_that_cannot_be_flushed_fails_the_users_own_switch_over_too() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.users_set(events=True, pause_before_switchover=True)
+        bench.broken = "cannot be flushed"
+        await bench.start()
+        bench.switch_over()
+        await bench.begin(Stage.READY)
+        assert await bench.refused("migrate-continue", {"state": "pre-switchover"}) == "cannot be flushed"
+        await bench.until(Stage.IDLE)
+        assert (await bench.shown())["status"] == "failed"
+        assert bench.images.taken
+
+    with_bench(test)
+
+
+def test_a_bus_that_died_meanwhile_fails_the_migration_before_the_images_go() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.start()
+        bench.bus_error = "dbus-daemon ended"
+        bench.switch_over()
+        await bench.until(Stage.IDLE)
+        assert (await bench.shown())["error-desc"] == "dbus-daemon ended"
+        assert not {"inactivate", "continue"} & set(bench.log)
+
+    with_bench(test)
+
+
+def test_what_nobody_foresaw_fails_the_migration_and_does_not_leave_it_waiting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.error = ValueError("an MSI-X table of 3 bytes")
+        await bench.start()
+        bench.switch_over()
+        await bench.until(Stage.IDLE)
+        assert (await bench.shown())["error-desc"] == "nvmove: internal error: an MSI-X table of 3 bytes"
+        assert bench.log[-1] in {"resume", "track False"}
+
+    with_bench(test)
+    assert "Traceback" in caplog.text
 
 
 def test_after_completion_cont_takes_the_vm_up_again() -> None:

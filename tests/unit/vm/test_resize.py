@@ -37,9 +37,9 @@ class Monitor:
             return [{"id": ident, "node-name": self.node} for ident in self.exports]
         self.log.append(name)
         if name == "block-export-del":
-            self.exports.remove("nvmove-q")
+            self.exports.remove((arguments or {})["id"])
         if name == "block-export-add":
-            self.exports.append("nvmove-q")
+            self.exports.append((arguments or {})["id"])
         if name == "block_resize" and self.refuses:
             raise QmpError("GenericError", "no")
         return {}
@@ -110,6 +110,24 @@ def test_a_node_that_only_its_export_holds_is_held_meanwhile() -> None:
     monitor.log.clear()
     qmp(monitor, node_name="qnode", size=4096)
     assert monitor.log == ["block_resize"], "the disk is not on that node any more: QEMU's to answer"
+
+
+@pytest.mark.parametrize(("resized", "renewed"), [("a", ["a", "b", "c"]), ("b", ["b", "c"]), ("c", ["c"])])
+def test_exports_stay_in_their_order(resized: str, renewed: list[str]) -> None:
+    """QEMU looks for a snapshot's VM state on the first disk only."""
+    monitor = Monitor()
+    monitor.exports = ["nvmove-a", "nvmove-b", "nvmove-c"]
+    refreshed: list[str] = []
+
+    def disk(name: str) -> Disk:
+        export = Export(name, f"{name}node", True, f"nvmove-{name}")
+        return Disk(name, export.node, export, lambda: refreshed.append(name))
+
+    disks = [disk(name) for name in "abc"]
+    Resize(monitor, RunState(monitor, [Device(monitor.log)]), disks).register()  # type: ignore[arg-type]
+    qmp(monitor, device=resized, size=4096)
+    assert monitor.exports == ["nvmove-a", "nvmove-b", "nvmove-c"]
+    assert sorted(refreshed) == renewed
 
 
 def test_a_refused_resize_gives_the_export_back() -> None:
