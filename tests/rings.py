@@ -159,6 +159,7 @@ class LentDisk(Disk):
         self.durable = False
         self.space = LentSpace(PUNCH, PUNCH, PUNCH)  # the one that a file in memory has
         self.loans = 0
+        self.syncs_failed: list[int] = []
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -185,6 +186,9 @@ class LentDisk(Disk):
             space=self.space,
             alignment=self.alignment,
         )
+
+    def sync_failed(self, code: int) -> None:
+        self.syncs_failed.append(code)
 
     def _returned(self) -> None:
         self.loans -= 1

@@ -50,6 +50,11 @@ class LateBackend:
         """As `LendsFile`."""
         return self._image.lend(revoke) if isinstance(self._image, LendsFile) else None
 
+    def sync_failed(self, code: int) -> None:
+        """As `LendsFile`."""
+        if self._image is not None and isinstance(self._image, LendsFile):
+            self._image.sync_failed(code)
+
     def refresh_size(self) -> int:
         """Look at the size again and return it."""
         return self._image.refresh_size() if self._image else 0
