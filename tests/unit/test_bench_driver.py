@@ -13,7 +13,7 @@ import pytest
 from nvmove.bench import driver, initiator
 from nvmove.bench.driver import DoorbellKind, HostDriver, InitiatorError, Job
 from nvmove.bench.inside import inside
-from nvmove.block.backend import Backend, Operation, Request
+from nvmove.block.backend import Backend, BackendError, Operation, Request
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
 from nvmove.block.null import NullBackend
@@ -45,10 +45,10 @@ def host(
         disk.close()
 
 
-def raw(directory: Path) -> Backend:
+def raw(directory: Path, options: OpenOptions | None = None) -> Backend:
     image = directory / "image"
     image.write_bytes(bytes(SIZE))
-    return open_raw(str(image))
+    return open_raw(str(image), options=options)
 
 
 def null() -> Backend:
@@ -69,6 +69,20 @@ def test_what_is_written_is_read(tmp_path: Path, size: int, depth: int, kind: Do
         assert 0 < run.p50 <= run.p99
         assert 0 <= run.messages <= count + 1
         assert driver.run(Job(**{**fields(every), "sequential": False})).commands == count
+
+
+@pytest.mark.parametrize("depth", [1, 200])
+@pytest.mark.parametrize("kind", DoorbellKind)
+def test_an_o_direct_disk_misses_no_doorbell(tmp_path: Path, depth: int, kind: DoorbellKind) -> None:
+    """While the loop waits for the disk the host rings, with more than the loop has slots as well."""
+    try:
+        disk = raw(tmp_path, OpenOptions(direct=True))
+    except BackendError as error:
+        pytest.skip(str(error))
+    with host(tmp_path, disk, kind=kind) as driver:
+        job = Job(depth=depth, count=SIZE // 4096, seconds=60, check=True, sequential=True, read_percent=0)
+        assert driver.run(job).commands == SIZE // 4096
+        assert driver.run(Job(depth=depth, count=500, seconds=60, check=True)).commands == 500
 
 
 def fields(job: Job) -> dict[str, Any]:

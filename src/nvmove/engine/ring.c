@@ -141,17 +141,24 @@ static void wake(struct ring *ring)
         write_event(ring->wake_fd);
 }
 
+/* What `wake` has written is read; whatever it was for is still to be looked at. */
+static void clear_wake(struct ring *ring)
+{
+    uint64_t count;
+
+    if (read(ring->wake_fd, &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)
+        return;
+    store_strict(ring->woken, 0);
+}
+
 /* Wait for `wake`. The caller has set `dozing`, and looked after that whether there is a reason to sleep. */
 static void doze(struct ring *ring)
 {
     struct pollfd wanted = {.fd = ring->wake_fd, .events = POLLIN};
-    uint64_t count;
 
     while (poll(&wanted, 1, -1) < 0 && errno == EINTR)
         ;
-    if (read(ring->wake_fd, &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)
-        return;
-    store_strict(ring->woken, 0);
+    clear_wake(ring);
 }
 
 void ring_kick(struct ring *ring)
@@ -254,6 +261,13 @@ static void arm(struct ring *ring)
     if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
         store_strict(*ring->head.event, ring->head.seen);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Let the host not ring at its next step: the loop looks by itself, and arms before it sleeps. */
+static void disarm(struct ring *ring)
+{
+    if (ring->tail.event)
+        store(*ring->tail.event, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
 }
 
 /* --- interrupts -------------------------------------------------------------------------------------------------- */
@@ -415,16 +429,23 @@ static void post(struct ring *ring, uint16_t cid)
     ring->unsignalled++;
 }
 
-/* Take what has ended at O_DIRECT disks: successes are posted, the rest is for Python. */
-static void collect(struct ring *ring)
+/* Take what has ended at O_DIRECT disks: successes are posted, the rest is for Python. Return whether there was any. */
+static int collect(struct ring *ring)
 {
     uint64_t index;
     int32_t result;
+    int is_any = 0;
 
     while (uring_reap(&ring->uring, &index, &result)) {
-        struct ring_slot *slot = &ring->slots[index];
+        struct ring_slot *slot;
         struct sqe sqe;
 
+        if (index == URING_WAKE) {
+            clear_wake(ring);
+            continue;
+        }
+        is_any = 1;
+        slot = &ring->slots[index];
         memcpy(&sqe, slot->sqe, sizeof sqe);
         store(ring->in_flight, ring->in_flight - 1);
         if (result >= 0 && (uint64_t)result == slot->length) {
@@ -436,14 +457,15 @@ static void collect(struct ring *ring)
             ring->failed++;
         }
     }
+    return is_any;
 }
 
-/* Start what is prepared; what cannot be started is for Python. */
-static void submit(struct ring *ring)
+/* Start what is prepared, and wait for something to end; what cannot be started is for Python. */
+static void submit(struct ring *ring, int and_wait)
 {
     uint64_t index;
 
-    if (!ring->uring.pending || !uring_submit(&ring->uring))
+    if (!(and_wait ? uring_submit_and_wait(&ring->uring) : uring_submit(&ring->uring)))
         return;
     while (uring_drop(&ring->uring, &index)) {
         store(ring->in_flight, ring->in_flight - 1);
@@ -539,13 +561,14 @@ static int sleep_well(struct ring *ring)
     return __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-/* Wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot be taken meanwhile. */
+/* Start what is prepared and wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot
+ * be taken meanwhile. */
 static void wait_for_disks(struct ring *ring, int is_ending)
 {
     store_strict(ring->dozing, 1);
-    if (!uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))))
-        doze(ring);
+    submit(ring, !uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))));
     store_strict(ring->dozing, 0);
+    disarm(ring);
 }
 
 /* Run commands until there is a reason to come back. Without `may_wait` having nothing to do is one: the ring is lent
@@ -559,18 +582,19 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
     if (load_strict(ring->state) != RING_RUNNING)
         return RING_GONE;
     for (;;) {
-        uint32_t count = 0;
+        uint32_t count = 0, prepared = ring->uring.pending;
 
         store_strict(ring->rung, 0);
-        if (ring->in_flight)
-            collect(ring);
+        if (ring->in_flight && collect(ring))
+            was_busy = 1;
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
             if (count)
                 is_odd = !run_batch(ring, count);
         }
-        submit(ring);
+        if (prepared) /* what is prepared now starts with the next wait, or after one more batch */
+            submit(ring, 0);
         announce(ring);
         if (is_odd || ring->failed || load_strict(ring->stop)) {
             if (!ring->in_flight)

@@ -2,6 +2,7 @@
 #include "uring.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -15,14 +16,15 @@ static uint64_t larger(uint64_t one, uint64_t other)
     return one > other ? one : other;
 }
 
-int uring_open(struct uring *uring, uint32_t entries, int event_fd)
+int uring_open(struct uring *uring, uint32_t entries, int wake_fd)
 {
     struct io_uring_params p;
     uint8_t *rings;
 
     memset(uring, 0, sizeof *uring);
     memset(&p, 0, sizeof p);
-    uring->fd = (int)syscall(SYS_io_uring_setup, entries, &p);
+    uring->wake_fd = wake_fd;
+    uring->fd = (int)syscall(SYS_io_uring_setup, entries + 1, &p); /* one to watch `wake_fd` */
     if (uring->fd < 0)
         return errno;
     if (!(p.features & IORING_FEAT_SINGLE_MMAP) || !(p.features & IORING_FEAT_NODROP)) { /* before Linux 5.5 */
@@ -36,8 +38,7 @@ int uring_open(struct uring *uring, uint32_t entries, int event_fd)
                         IORING_OFF_SQ_RING);
     uring->sqes = mmap(NULL, uring->sqes_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, uring->fd,
                        IORING_OFF_SQES);
-    if (uring->rings == MAP_FAILED || uring->sqes == MAP_FAILED ||
-        syscall(SYS_io_uring_register, uring->fd, IORING_REGISTER_EVENTFD, &event_fd, 1) < 0) {
+    if (uring->rings == MAP_FAILED || uring->sqes == MAP_FAILED) {
         int error = errno;
 
         uring_close(uring);
@@ -68,22 +69,44 @@ void uring_close(struct uring *uring)
     uring->fd = -1;
 }
 
-void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
-                   uint64_t id)
+/* Prepare one of which only this much is known. */
+static struct io_uring_sqe *prepare(struct uring *uring, uint8_t opcode, int fd, uint64_t id)
 {
     uint32_t tail = *uring->sq_tail, index = tail & uring->sq_mask;
     struct io_uring_sqe *sqe = &uring->sqes[index];
 
     memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = is_read ? IORING_OP_READV : IORING_OP_WRITEV;
+    sqe->opcode = opcode;
     sqe->fd = fd;
+    sqe->user_data = id;
+    uring->sq_array[index] = index;
+    store(*uring->sq_tail, tail + 1); /* the kernel looks only when it is entered */
+    uring->pending++;
+    return sqe;
+}
+
+void uring_prepare(struct uring *uring, int is_read, int fd, const struct iovec *iovecs, uint32_t count, uint64_t offset,
+                   uint64_t id)
+{
+    struct io_uring_sqe *sqe = prepare(uring, is_read ? IORING_OP_READV : IORING_OP_WRITEV, fd, id);
+
     sqe->addr = (uint64_t)(uintptr_t)iovecs;
     sqe->len = count;
     sqe->off = offset;
-    sqe->user_data = id;
-    uring->sq_array[index] = index;
-    store(*uring->sq_tail, tail + 1);
-    uring->pending++;
+}
+
+int uring_submit_and_wait(struct uring *uring)
+{
+    long done;
+
+    if (!uring->is_watching) {
+        prepare(uring, IORING_OP_POLL_ADD, uring->wake_fd, URING_WAKE)->poll_events = POLLIN;
+        uring->is_watching = 1;
+    }
+    done = syscall(SYS_io_uring_enter, uring->fd, uring->pending, 1, IORING_ENTER_GETEVENTS, NULL, 0);
+    if (done > 0)
+        uring->pending -= (uint32_t)done;
+    return done < 0 && errno != EINTR ? errno : 0;
 }
 
 int uring_submit(struct uring *uring)
@@ -101,15 +124,17 @@ int uring_submit(struct uring *uring)
 
 int uring_drop(struct uring *uring, uint64_t *id)
 {
-    uint32_t tail;
+    while (uring->pending) {
+        uint32_t tail = *uring->sq_tail - 1;
 
-    if (!uring->pending)
-        return 0;
-    tail = *uring->sq_tail - 1;
-    *id = uring->sqes[tail & uring->sq_mask].user_data;
-    store(*uring->sq_tail, tail);
-    uring->pending--;
-    return 1;
+        *id = uring->sqes[tail & uring->sq_mask].user_data;
+        store(*uring->sq_tail, tail);
+        uring->pending--;
+        if (*id != URING_WAKE)
+            return 1;
+        uring->is_watching = 0;
+    }
+    return 0;
 }
 
 int uring_has_ended(const struct uring *uring)
@@ -126,6 +151,8 @@ int uring_reap(struct uring *uring, uint64_t *id, int32_t *result)
         return 0;
     *id = cqe->user_data;
     *result = cqe->res;
+    if (*id == URING_WAKE)
+        uring->is_watching = 0;
     store(*uring->cq_head, head + 1);
     return 1;
 }
