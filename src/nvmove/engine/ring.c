@@ -263,10 +263,16 @@ static void arm(struct ring *ring)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
+/* Doorbells are in memory that the host has mapped, and a poller compares what is there with the loop's `event`. */
+static int is_page(const struct ring *ring)
+{
+    return ring->tail.cell && ring->head.always;
+}
+
 /* Let the host not ring at its next step: the loop looks by itself, and arms before it sleeps. */
 static void disarm(struct ring *ring)
 {
-    if (ring->tail.event)
+    if (ring->tail.event && !is_page(ring))
         store(*ring->tail.event, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
 }
 
@@ -527,10 +533,10 @@ static void relax(void)
  * command would have come cannot be known from a sleep, which itself takes long to end. */
 static int spin(struct ring *ring)
 {
-    int is_page = ring->tail.cell && ring->head.always; /* nobody wakes the loop soon there: it is always worth it */
     int64_t since, waited = 0;
 
-    if (!ring->spin_ns || (!is_page && ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM))
+    /* With a page nobody wakes the loop soon: it is always worth it. */
+    if (!ring->spin_ns || (!is_page(ring) && ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM))
         return 0;
     since = now_ns();
     do {
@@ -544,7 +550,7 @@ static int spin(struct ring *ring)
             relax();
         }
         waited = now_ns() - since;
-    } while (waited < (is_page ? SPIN_PAGE_NS : ring->spin_ns));
+    } while (waited < (is_page(ring) ? SPIN_PAGE_NS : ring->spin_ns));
     ring->misses++;
     return 0;
 }
