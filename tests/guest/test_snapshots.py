@@ -49,7 +49,6 @@ def test_fio_verifies_across_savevm_and_cont(machine: Machine, arguments: list[s
     assert machine.quit() == 0
 
 
-@pytest.mark.both_engines
 def test_loadvm_in_place_twice(machine: Machine, arguments: list[str]) -> None:
     saved_under_fio(machine, arguments)
     assert_verifies(machine)
