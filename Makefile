@@ -14,8 +14,8 @@ test: dev sysroot ## every test, unit to guest
 	@scripts/test
 test-unit: dev  ## the fast ones
 	@scripts/test tests/unit tests/stateful
-test-guest: dev sysroot
-	@scripts/test tests/guest
+test-guest: dev sysroot ## ENGINE=plain: on that engine
+	@NVMOVE_ENGINE=$(ENGINE) scripts/test tests/guest
 demo: install sysroot ## the story of the README on a real guest
 	@.venv/bin/nvmove demo
 clean:

@@ -44,14 +44,19 @@ def test_host(work: Path) -> None:
     section = bench(work, "host")
     rows = section["rows"]
     assert all(row["iops"] > 0 for row in rows)
-    assert {row["image"] for row in rows} >= {"tmpfs", "null"}
+    assert {row["image"] for row in rows} >= {"tmpfs", "nbd", "null"}
+    ahead = [row for row in rows if row["what"] == "nvmove, ahead"]
+    assert {(row["image"], row["queues"]) for row in ahead} == {(name, n) for name in ("tmpfs", "null") for n in (1, 2)}
     ours = [row for row in rows if row["what"] == "nvmove"]
     assert {row["depth"] for row in ours} == {1, 32, 128}
     assert all(0 < row["p50_us"] <= row["p99_us"] and row["cpu_us"] >= 0 for row in ours)
     assert any(row["what"] == "fio psync" for row in rows)
-    assert {"read, tmpfs, depth 32 / fio psync", "write, null / tmpfs, depth 32"} <= {
-        r["name"] for r in section["ratios"]
-    }
+    assert {
+        "read, tmpfs, depth 32 / fio psync",
+        "write, null / tmpfs, depth 32",
+        "read, tmpfs, two queues / one, initiator asleep",
+        "read, nbd, depth 32 / fio nbd",
+    } <= {r["name"] for r in section["ratios"]}
 
 
 def test_curves(work: Path) -> None:

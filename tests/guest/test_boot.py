@@ -28,7 +28,7 @@ def firmware(tree: Sysroot, work: Path) -> list[str]:
     return ["-drive", code, "-drive", f"if=pflash,format=raw,file={variables}"]
 
 
-@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+@pytest.mark.parametrize("kind", [pytest.param("raw", marks=pytest.mark.both_engines), "qcow2"])
 @pytest.mark.parametrize("bios", ["seabios", "ovmf"])
 def test_boot_from_the_disk(machine: Machine, tree: Sysroot, work: Path, boot_disk: Path, bios: str, kind: str) -> None:
     """Raw and qcow2 are different back ends; BIOS and UEFI are different drivers, and ROM maps come and go."""

@@ -41,6 +41,7 @@ def rung_per_io(machine: Machine, work: Path) -> float:
     return writes(work) / (2 * DEEP.blocks)
 
 
+@pytest.mark.both_engines
 def test_a_guest_with_shadow_doorbells_seldom_rings(tree: Sysroot, machine: Machine, work: Path) -> None:
     machine.boot([*arguments(tree, work, image="d0.img"), *traced(work)])
     assert machine.console.check("cat /sys/class/nvme/nvme0/queue_count") == "3"
@@ -58,6 +59,7 @@ def test_a_guest_that_is_offered_none_works_as_before(tree: Sysroot, machine: Ma
     assert machine.quit() == 0
 
 
+@pytest.mark.both_engines
 @pytest.mark.parametrize("pending", [True, False], ids=["pending", "idle"])
 def test_shadow_doorbells_travel(tree: Sysroot, machine: Machine, work: Path, pending: bool) -> None:
     """In place, and in new processes."""

@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from nvmove.lab.console import Console
 from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.machine import Machine
@@ -30,6 +32,7 @@ def ended(console: Console, name: str) -> tuple[int, str]:
     return int(console.check(f"cat /tmp/{name}.status")), console.check(f"cat /tmp/{name}")
 
 
+@pytest.mark.both_engines
 def test_32_writes_in_flight_fail_and_are_held_by_one_stop_in_the_order_of_their_queues(
     machine: Machine, tree: Sysroot, work: Path
 ) -> None:
@@ -74,6 +77,7 @@ def test_32_writes_in_flight_fail_and_are_held_by_one_stop_in_the_order_of_their
     assert machine.quit() == 0
 
 
+@pytest.mark.both_engines
 def test_an_abort_of_the_guests_finds_a_held_command_and_the_guest_goes_on(
     machine: Machine, tree: Sysroot, work: Path
 ) -> None:

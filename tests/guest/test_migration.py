@@ -14,7 +14,7 @@ from tests.guest.conftest import MachineFactory, disk, make_image
 FIO = Fio("v", blocks=1200, rate=200)
 
 
-@pytest.mark.parametrize("suffix", ["qcow2", "raw"])
+@pytest.mark.parametrize("suffix", ["qcow2", pytest.param("raw", marks=pytest.mark.both_engines)])
 def test_a_guest_under_fio_moves_and_its_data_verifies(
     machines: MachineFactory, tree: Sysroot, work: Path, suffix: str
 ) -> None:

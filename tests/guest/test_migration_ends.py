@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nvmove.lab.console import Console
-from nvmove.lab.fio import Fio, disk_complaints, wait_writes
+from nvmove.lab.fio import Fio, disk_complaints, writes_done
 from nvmove.lab.machine import Machine
 from nvmove.lab.migration import ENDED, Traveller, wait_run_state, wait_status
 from nvmove.lab.qmp import QmpError, connect_unix
@@ -119,6 +120,17 @@ class Ends:
         target.started.wait(60)
 
 
+def keep_writing(console: Console, load: Fio, count: int) -> int:
+    """Wait for `count` writes, and return how many there were; a load that a slow trial has seen end begins anew."""
+    deadline = time.monotonic() + 120
+    while (done := writes_done(console)) < count:
+        assert time.monotonic() < deadline, f"{done} writes; {count} were expected"
+        if load.finished(console):
+            load.start(console)
+        time.sleep(0.1)
+    return done
+
+
 @pytest.mark.parametrize("suffix", ["qcow2", "raw"])
 def test_the_source_runs_on(machines: MachineFactory, tree: Sysroot, work: Path, suffix: str) -> None:
     guest = Traveller(machines("m0"), ["-M", "q35", *disk(make_image(tree, work / f"d0.{suffix}"))], machines)
@@ -138,11 +150,9 @@ def test_the_source_runs_on(machines: MachineFactory, tree: Sysroot, work: Path,
         ends.cancelled_while_io_does_not_end,
     )
     for trial in trials:
-        done = wait_writes(console, done + 30)
+        done = keep_writing(console, load, done + 30)
         trial()
-        wait_writes(console, done + 1)
-        if load.finished(console):
-            load.start(console)
+        keep_writing(console, load, done + 1)
     guest.machine.qmp.execute("migrate-set-parameters", FAST)
     guest.hop()
     load.wait(guest.machine.console)

@@ -72,6 +72,7 @@ def test_loadvm_in_the_midst_of_other_io(machine: Machine, arguments: list[str])
     assert_verifies(machine)
 
 
+@pytest.mark.both_engines
 def test_killed_and_loaded_by_new_processes(machine: Machine, arguments: list[str]) -> None:
     """Three generations of processes; the third is loaded from what the second saved."""
     saved_under_fio(machine, arguments)

@@ -13,7 +13,7 @@ import pytest
 from nvmove.bench import driver, initiator
 from nvmove.bench.driver import DoorbellKind, HostDriver, InitiatorError, Job
 from nvmove.bench.inside import inside
-from nvmove.block.backend import Backend, Operation, Request
+from nvmove.block.backend import Backend, BackendError, Operation, Request
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
 from nvmove.block.null import NullBackend
@@ -45,10 +45,10 @@ def host(
         disk.close()
 
 
-def raw(directory: Path) -> Backend:
+def raw(directory: Path, options: OpenOptions | None = None) -> Backend:
     image = directory / "image"
     image.write_bytes(bytes(SIZE))
-    return open_raw(str(image))
+    return open_raw(str(image), options=options)
 
 
 def null() -> Backend:
@@ -69,6 +69,20 @@ def test_what_is_written_is_read(tmp_path: Path, size: int, depth: int, kind: Do
         assert 0 < run.p50 <= run.p99
         assert 0 <= run.messages <= count + 1
         assert driver.run(Job(**{**fields(every), "sequential": False})).commands == count
+
+
+@pytest.mark.parametrize("depth", [1, 200])
+@pytest.mark.parametrize("kind", DoorbellKind)
+def test_an_o_direct_disk_misses_no_doorbell(tmp_path: Path, depth: int, kind: DoorbellKind) -> None:
+    """While the loop waits for the disk the host rings, with more than the loop has slots as well."""
+    try:
+        disk = raw(tmp_path, OpenOptions(direct=True))
+    except BackendError as error:
+        pytest.skip(str(error))
+    with host(tmp_path, disk, kind=kind) as driver:
+        job = Job(depth=depth, count=SIZE // 4096, seconds=60, check=True, sequential=True, read_percent=0)
+        assert driver.run(job).commands == SIZE // 4096
+        assert driver.run(Job(depth=depth, count=500, seconds=60, check=True)).commands == 500
 
 
 def fields(job: Job) -> dict[str, Any]:
@@ -139,6 +153,53 @@ def test_time_ends_a_job(tmp_path: Path) -> None:
         run = driver.run(Job(seconds=0.05))
         assert run.seconds >= 0.05
         assert run.iops == run.commands / run.seconds
+
+
+@pytest.mark.parametrize("kind", DoorbellKind)
+@pytest.mark.parametrize("queues", [(1,), (1, 2)])
+def test_an_initiator_that_goes_ahead_keeps_its_queues_filled(
+    tmp_path: Path, kind: DoorbellKind, queues: tuple[int, ...]
+) -> None:
+    with host(tmp_path, null(), queues=2, kind=kind) as driver:
+        for _ in range(2):  # where the one ends in the ring the next begins
+            run = driver.run(Job(depth=8, seconds=0.05, ahead=0.002), queues)
+            assert run.seconds > 0
+            assert run.iops == run.commands / run.seconds > 0
+            assert run.commands >= run.starved
+            assert (run.messages == 0) >= (kind is DoorbellKind.MAPPED)
+        assert driver.run(Job(depth=4, count=3000, seconds=60), queues).commands == 3000 * len(queues)
+
+
+def test_going_ahead_moves_the_data_of_each_entry(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with host(tmp_path, raw(tmp_path)) as driver:
+        pages = SIZE // 4096
+        driver.run(Job(depth=8, count=pages, sequential=True, read_percent=0, check=True, seconds=60))
+        assert bytes(4096) not in [image.read_bytes()[at : at + 4096] for at in range(0, SIZE, 4096)]
+        # Eight buffers, whose content is the last writes': the first 1024 pages have these only.
+        driver.run(Job(depth=8, sequential=True, read_percent=0, seconds=0.05, ahead=0.002))
+        data = image.read_bytes()
+        assert len({data[at : at + 4096] for at in range(0, SIZE, 4096)}) == 8
+
+
+def test_an_error_ahead_is_told(tmp_path: Path) -> None:
+    rules = FaultRules()
+    rules.add(FaultRule(operation=Operation.READ, errno=5))
+    with (
+        host(tmp_path, FaultyBackend(null(), rules, ["d0"])) as driver,
+        pytest.raises(InitiatorError, match="commands failed, the last with status"),
+    ):
+        driver.run(Job(depth=8, seconds=0.05, ahead=0.002))
+
+
+def test_a_device_that_hangs_is_told_to_who_goes_ahead(tmp_path: Path) -> None:
+    with host(tmp_path, FaultyBackend(null(), delayed(1_000_000), ["d0"])) as driver:
+        ring = driver._rings[1]
+        end, done, *_ = ring.run_ahead(
+            data=16 << 20, lists=32 << 20, depth=1, size=4096, block=512, first=0, blocks=64,
+            read_percent=100, sequential=False, seconds=1, interval=0.005, stall=0.05,
+        )  # fmt: skip
+        assert (end, done) == (initiator.STALLED, 0)
 
 
 def test_a_command_that_fails_is_told(tmp_path: Path) -> None:

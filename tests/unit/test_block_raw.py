@@ -146,6 +146,17 @@ def test_after_a_durable_write_that_failed_no_flush_succeeds(disk: RawBackend, m
     assert do(disk, Operation.FLUSH) == errno.EIO
 
 
+def test_a_sync_that_failed_where_the_file_was_lent_is_one_that_failed(disk: RawBackend) -> None:
+    revoked: list[int] = []
+    lent = disk.lend(lambda: revoked.append(1))
+    assert lent is not None
+    disk.sync_failed(errno.EIO)
+    assert revoked == [1]
+    assert disk.lend(lambda: None) is None
+    assert do(disk, Operation.FLUSH) == errno.EIO
+    lent.release()
+
+
 def test_a_write_that_failed_keeps_no_flush_from_succeeding(disk: RawBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_once(monkeypatch, "pwritev")
     assert write(disk, 0, b"x" * 512) == errno.EIO

@@ -23,6 +23,7 @@ from nvmove.nvme.spec import (
     CSTS_RDY,
     DOORBELLS,
     DSM_DEALLOCATE,
+    DSM_RANGE,
     FUA,
     Admin,
     Log,
@@ -187,17 +188,24 @@ def test_what_is_lent_is_counted_for_its_namespace(rig: Rig) -> None:
         with rig.controller.lock:
             rig.controller.leases.refresh()
             counters = rig.controller.namespaces.require_active(1).counters
-            return [(one.operations, one.bytes) for one in (counters[Operation.READ], counters[Operation.WRITE])]
+            kinds = Operation.READ, Operation.WRITE, Operation.FLUSH, Operation.DISCARD
+            return [(one.operations, one.bytes) for one in map(counters.__getitem__, kinds)]
 
     assert rig.read(0, 4) == 0
     assert rig.command(1, Nvm.WRITE, nsid=1).status == 0
-    assert counts() == [(1, 2048), (1, 512)]
+    assert counts() == [(1, 2048), (1, 512), (0, 0), (0, 0)]
     assert rig.read() == 0
-    assert not rig.in_python
-    assert counts() == [(2, 2560), (1, 512)]
     assert rig.command(1, Nvm.WRITE, nsid=1, cdw12=FUA).status == 0
-    assert rig.disk.operations != []
-    assert counts() == [(2, 2560), (2, 1024)]
+    assert rig.command(1, Nvm.FLUSH, nsid=1).status == 0
+    assert counts() == [(2, 2560), (2, 1024), (1, 0), (0, 0)]
+    assert rig.command(1, Nvm.WRITE_ZEROES, nsid=1, cdw12=3).status == 0  # zeroes are written, as QEMU has it
+    rig.ram.data[DATA : DATA + 48] = DSM_RANGE.pack(0, 2, 0) + DSM_RANGE.pack(0, 0, 0) + DSM_RANGE.pack(0, 1, 8)
+    assert rig.command(1, Nvm.DATASET_MANAGEMENT, nsid=1, cdw10=2, cdw11=DSM_DEALLOCATE).status == 0
+    assert counts() == [(2, 2560), (3, 3072), (1, 0), (2, 1536)]
+    assert not rig.in_python
+    assert rig.controller.pause(0)
+    smart = rig.controller.logs.smart
+    assert (smart.read_commands, smart.write_commands, smart.bytes_written) == (2, 2, 1024)
 
 
 def test_a_second_queue_on_the_completion_queue_ends_the_loan(rig: Rig) -> None:

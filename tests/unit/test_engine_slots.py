@@ -256,6 +256,7 @@ def test_an_error_that_linux_tells_once_is_told_and_not_asked_for_again(
     assert broken.controller.pause(0)
     (entry,) = broken.controller.logs.errors.entries
     assert (entry.cid, entry.lba) == (completion.cid, 0 if is_flush else 7)
+    assert broken.disk.syncs_failed == [errno.EBADF] * is_flush  # of a write, only EIO tells of data that was lost
 
 
 @pytest.mark.parametrize(("opcode", "flags", "is_flush"), DURABLE)

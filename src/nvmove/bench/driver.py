@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvmove.bench.results import Run, merge
 from nvmove.errors import UserError
@@ -95,6 +95,9 @@ class Job:
     check: bool = False
     """Write patterns, and compare what is read with them."""
     seed: int = 1
+    ahead: float = 0.0
+    """Seconds: the whole queue is filled (`depth` is the number of buffers only) and looked at once in so long, so that
+    the initiator takes next to no processor. 0: it polls. For `seconds` only, without latencies and checks."""
 
 
 class HostDriver:
@@ -301,16 +304,17 @@ class HostDriver:
 
 
 def _run(ring: Ring, job: Job, where: dict[str, int], seed: int) -> Run:
-    end, done, errors, mismatches, seconds, messages, status, histogram = ring.run(
+    what: dict[str, Any] = {
         **where,
-        depth=job.depth,
-        size=job.size,
-        read_percent=job.read_percent,
-        sequential=job.sequential,
-        seconds=job.seconds,
-        count=job.count,
-        seed=seed,
-        check=job.check,
+        "depth": job.depth,
+        "size": job.size,
+        "read_percent": job.read_percent,
+        "sequential": job.sequential,
+        "seconds": job.seconds,
+        "seed": seed,
+    }
+    end, done, errors, mismatches, seconds, messages, status, histogram, starved = (
+        ring.run_ahead(**what, interval=job.ahead) if job.ahead else ring.run(**what, count=job.count, check=job.check)
     )
     if end == 1:
         raise InitiatorError(f"the device does not complete commands any more ({done} were)")
@@ -320,4 +324,4 @@ def _run(ring: Ring, job: Job, where: dict[str, int], seed: int) -> Run:
         raise InitiatorError(f"{errors} of {done} commands failed, the last with status {status:#x}")
     if mismatches:
         raise InitiatorError(f"{mismatches} of {done} reads had wrong data")
-    return Run(done, seconds, messages, histogram)
+    return Run(done, seconds, messages, histogram, starved)

@@ -12,6 +12,7 @@ from typing import Any
 
 from nvmove.bench import hostfio
 from nvmove.bench.driver import DoorbellKind, Job, initiator_class
+from nvmove.bench.exported import Exported
 from nvmove.bench.measure import Settings, has_direct, make_image, median
 from nvmove.bench.report import Section
 from nvmove.bench.results import Run
@@ -33,7 +34,11 @@ _COLUMNS = {
     "messages": "messages/IO",
 }
 """`cpu_us` is the serving process's; `messages` are those for doorbells."""
-_FOR_TWO_QUEUES = 4
+_QUEUE_ENTRIES = 65536
+"""Of the queues that are filled beforehand: the most that there are, so that the initiator sleeps long."""
+_LOOKS = {"tmpfs": 0.005, "null": 0.0005}
+"""Seconds between two looks at them, by image: a fraction of what the device needs for so many commands."""
+_AHEAD = "nvmove, ahead"
 _Measurement = Callable[[], dict[str, float]]
 
 
@@ -43,20 +48,31 @@ class _Image:
     drive: str
     path: Path | None = None
     direct: bool = False
+    uri: str = ""
+    """Where it is exported, when it is read from there."""
 
     @property
     def shared(self) -> str:
         """What lets several devices have it at once."""
-        return "" if self.path is None else ",file.locking=off"
+        return "" if self.path is None or self.uri else ",file.locking=off"
+
+    @property
+    def peers(self) -> tuple[tuple[str, int], ...]:
+        """fio's engines, and their depths, that are measured beside."""
+        if self.uri:
+            return tuple(("nbd", depth) for depth in DEPTHS)
+        if self.path is None:
+            return ()
+        return ("psync", 1), *((("libaio", 32), ("libaio", 128)) if self.direct else ())
 
 
 def measure(settings: Settings) -> Section:
-    """Measure; raises InitiatorError, FioError."""
+    """Measure; raises InitiatorError, FioError, ExportError."""
     initiator_class()
     section = Section("host", "Host side: 4 KiB, one process serves, one drives", _COLUMNS)
     with contextlib.ExitStack() as cleanup:
         plan: dict[tuple[str, ...], _Measurement] = {}
-        images = _images(settings, section)
+        images = _images(settings, section, cleanup)
         kinds = doorbells_by_speed(settings, images[0].drive)
         best = kinds[-1]
         for kind in kinds[:-1]:
@@ -67,12 +83,13 @@ def measure(settings: Settings) -> Section:
         for image in images:
             served = _serve(settings, image, best, cleanup)
             for rw in _RW:
-                if image.path is not None:
-                    _plan_fio(plan, settings, image, rw)
+                for engine, depth in image.peers:
+                    plan[f"fio {engine}", image.name, "", rw, "1", str(depth)] = _fio(
+                        settings, image, rw, engine, depth
+                    )
                 for depth in DEPTHS:
                     plan["nvmove", image.name, best.value, rw, "1", str(depth)] = _ours(served, settings, rw, depth)
-                if image is images[0]:
-                    plan["nvmove", image.name, best.value, rw, "2", "32"] = _ours(served, settings, rw, 32, (1, 2))
+        _plan_two_queues(plan, settings, images, cleanup)
         found: defaultdict[tuple[str, ...], list[dict[str, float]]] = defaultdict(list)
         for number in range(settings.rounds):
             for key, act in plan.items():
@@ -84,14 +101,18 @@ def measure(settings: Settings) -> Section:
     return section
 
 
-def _serve(settings: Settings, image: _Image, kind: DoorbellKind, cleanup: contextlib.ExitStack) -> Served:
-    served = Served(settings.directory, f"s-{image.name}-{kind.value}", f"{image.drive}{image.shared}", kind.device)
+def _serve(
+    settings: Settings, image: _Image, kind: DoorbellKind, cleanup: contextlib.ExitStack, entries: int = 1024
+) -> Served:
+    device = f"{kind.device},mqes={entries - 1}"
+    name = f"s-{image.name}-{kind.value}-{entries}"
+    served = Served(settings.directory, name, f"{image.drive}{image.shared}", device)
     cleanup.callback(served.close)
-    served.driver.make_queues(2, doorbells=kind)
+    served.driver.make_queues(2, entries, kind)
     return served
 
 
-def _images(settings: Settings, section: Section) -> list[_Image]:
+def _images(settings: Settings, section: Section, cleanup: contextlib.ExitStack) -> list[_Image]:
     in_memory = make_image(settings.memory / "host.img", settings.image)
     images = [_Image("tmpfs", f"file={in_memory},format=raw", in_memory)]
     on_disk = make_image(settings.disk / "host.img", settings.image)
@@ -101,32 +122,64 @@ def _images(settings: Settings, section: Section) -> list[_Image]:
         section.notes.append(
             f"No disk was measured: {settings.disk.parent} has no O_DIRECT (--directory names another)."
         )
+    exported = make_image(settings.memory / "nbd.img", settings.image)
+    uri = cleanup.enter_context(Exported(settings.sysroot, settings.directory, exported)).uri
+    images.append(_Image("nbd", f"file={uri},format=raw", exported, uri=uri))
     return [*images, _Image("null", f"driver=null-co,size={settings.image}")]
 
 
-def _plan_fio(plan: dict[tuple[str, ...], _Measurement], settings: Settings, image: _Image, rw: str) -> None:
-    assert image.path is not None
+def _plan_two_queues(
+    plan: dict[tuple[str, ...], _Measurement],
+    settings: Settings,
+    images: list[_Image],
+    cleanup: contextlib.ExitStack,
+) -> None:
+    """One queue and two, with an initiator that leaves the processors to them; and what the machine gives fio so."""
+    kind = DoorbellKind.SHADOW  # no message while the device is awake, and no poller as mapped ones have
+    for image in (image for image in images if image.name in _LOOKS):
+        served = _serve(settings, image, kind, cleanup, _QUEUE_ENTRIES)
+        for rw in _RW:
+            if image.path is not None:
+                plan["fio psync", image.name, "", rw, "2", "1"] = _fio(settings, image, rw, "psync", 1, jobs=2)
+            for queues in ((1,), (1, 2)):
+                key = _AHEAD, image.name, kind.value, rw, str(len(queues)), str(_QUEUE_ENTRIES - 1)
+                plan[key] = _ours(served, settings, rw, 32, queues, _LOOKS[image.name])
+
+
+def _fio(settings: Settings, image: _Image, rw: str, engine: str, depth: int, jobs: int = 1) -> _Measurement:
     path = image.path
-    for engine, depth in (("psync", 1), *((("libaio", 32), ("libaio", 128)) if image.direct else ())):
+    assert path is not None
 
-        def act(engine: str = engine, depth: int = depth) -> dict[str, float]:
-            run = hostfio.run(
-                settings.sysroot, path, rw=rw, seconds=settings.seconds, engine=engine, depth=depth, direct=image.direct
-            )
-            return {"iops": run.iops, "p50_us": run.p50, "p99_us": run.p99}
+    def act() -> dict[str, float]:
+        run = hostfio.run(
+            settings.sysroot,
+            path,
+            rw=rw,
+            seconds=settings.seconds,
+            engine=engine,
+            depth=depth,
+            direct=image.direct,
+            jobs=jobs,
+            uri=image.uri,
+        )
+        return {"iops": run.iops, "p50_us": run.p50, "p99_us": run.p99}
 
-        plan[f"fio {engine}", image.name, "", rw, "1", str(depth)] = act
+    return act
 
 
-def _ours(served: Served, settings: Settings, rw: str, depth: int, queues: tuple[int, ...] = (1,)) -> _Measurement:
+def _ours(
+    served: Served, settings: Settings, rw: str, depth: int, queues: tuple[int, ...] = (1,), ahead: float = 0.0
+) -> _Measurement:
+    job = Job(depth=depth, read_percent=_RW[rw], seconds=settings.seconds, ahead=ahead)
+
     def act() -> dict[str, float]:
         before = served.cpu_seconds
-        run: Run = served.driver.run(Job(depth=depth, read_percent=_RW[rw], seconds=settings.seconds), queues)
+        run: Run = served.driver.run(job, queues)
         commands = max(run.commands, 1)
+        latencies = {} if ahead else {"p50_us": run.p50, "p99_us": run.p99}
         return {
             "iops": run.iops,
-            "p50_us": run.p50,
-            "p99_us": run.p99,
+            **latencies,
             "cpu_us": (served.cpu_seconds - before) / commands * 1e6,
             "messages": run.messages / commands,
         }
@@ -155,19 +208,22 @@ def _ratios(section: Section) -> None:
         rounds = [row["iops_of_rounds"] for row in section.rows if wanted.items() <= row.items()]
         return max(rounds, key=median, default=[])
 
-    processors = len(os.sched_getaffinity(0))
-    if processors < _FOR_TWO_QUEUES:
-        section.notes.append(
-            f"Two queues want {_FOR_TWO_QUEUES} processors, two for the initiator; with {processors} they have no goal."
-        )
+    section.notes.append("Two queues on one file in memory: Linux lets one write to a file at a time, as fio shows.")
+    goal = 1.7 if len(os.sched_getaffinity(0)) > 1 else None
     for rw in _RW:
         fio, one = iops("fio psync", "tmpfs", rw, 1), iops("nvmove", "tmpfs", rw, 32)
         add = section.ratio_of_rounds
         add(f"{rw}, tmpfs, depth 1 / fio psync", iops("nvmove", "tmpfs", rw, 1), fio, 0.55)
         add(f"{rw}, tmpfs, depth 32 / fio psync", one, fio, 0.85)
         add(f"{rw}, null / tmpfs, depth 32", iops("nvmove", "null", rw, 32), one, 2.5)
-        two = iops("nvmove", "tmpfs", rw, 32, 2)
-        add(f"{rw}, tmpfs, two queues / one, depth 32", two, one, 1.7 if processors >= _FOR_TWO_QUEUES else None)
-        for depth, engine in ((1, "psync"), (32, "libaio"), (128, "libaio")):
-            ours, theirs = iops("nvmove", "disk", rw, depth), iops(f"fio {engine}", "disk", rw, depth)
-            add(f"{rw}, disk, depth {depth} / fio {engine}", ours, theirs)
+        for image in _LOOKS:
+            two, alone = (iops(_AHEAD, image, rw, _QUEUE_ENTRIES - 1, queues) for queues in (2, 1))
+            serial = (rw, image) == ("write", "tmpfs")
+            add(f"{rw}, {image}, two queues / one, initiator asleep", two, alone, None if serial else goal)
+        add(f"{rw}, tmpfs, fio psync: two jobs / one", iops("fio psync", "tmpfs", rw, 1, 2), fio)
+        for image, depth, engine in (
+            *(("disk", depth, "psync" if depth == 1 else "libaio") for depth in DEPTHS),
+            *(("nbd", depth, "nbd") for depth in DEPTHS),
+        ):
+            ours, theirs = iops("nvmove", image, rw, depth), iops(f"fio {engine}", image, rw, depth)
+            add(f"{rw}, {image}, depth {depth} / fio {engine}", ours, theirs)

@@ -34,12 +34,19 @@ def run(
     engine: str = "psync",
     depth: int = 1,
     direct: bool = False,
+    jobs: int = 1,
+    uri: str = "",
 ) -> FioRun:
-    """Read or write (`rw`: read, write) blocks of 4 KiB of `image` at random places. Raises FioError."""
+    """Read or write (`rw`: read, write) blocks of 4 KiB of `image` at random places, `jobs` threads at once.
+
+    `uri`: what the engine nbd is to read in its place; the image tells the size. Raises FioError.
+    """
     command = [
         sysroot.program("fio"),
-        *("--name=bench", f"--filename={image}", f"--size={image.stat().st_size}", f"--rw=rand{rw}", "--bs=4k"),
-        *(f"--ioengine={engine}", f"--iodepth={depth}", f"--direct={int(direct)}", "--thread", "--time_based"),
+        *("--name=bench", f"--size={image.stat().st_size}", f"--ioengine={engine}"),  # before the engine's own options
+        *(f"--uri={uri}" if uri else f"--filename={image}", f"--rw=rand{rw}", "--bs=4k"),
+        *(f"--numjobs={jobs}", "--group_reporting"),
+        *(f"--iodepth={depth}", f"--direct={int(direct)}", "--thread", "--time_based"),
         *(f"--runtime={max(1, round(seconds))}", "--randrepeat=0", "--norandommap", "--output-format=json"),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=image.parent)

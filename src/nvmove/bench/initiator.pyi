@@ -39,7 +39,7 @@ class Ring:
         seed: int = 1,
         check: bool = False,
         stall: float = 10.0,
-    ) -> tuple[int, int, int, int, float, int, int, dict[int, int]]:
+    ) -> tuple[int, int, int, int, float, int, int, dict[int, int], int]:
         """Keep `depth` commands of `size` bytes under way for `seconds` or until `count` were issued; await the last.
 
         `data` and `lists` are offsets in `ram` of `depth` buffers (whole pages each) and of `depth` pages for PRPs.
@@ -47,6 +47,31 @@ class Ring:
         and their LBA, and reads are compared with it.
 
         Return how it ended (OK, …), completions, errors, reads that differ, seconds, doorbell messages, the last status
-        that was not 0, and latencies: the number of commands by bucket (`results.bucket_ns`).
+        that was not 0, latencies: the number of commands by bucket (`results.bucket_ns`), and 0.
         Raises ValueError for what does not fit.
+        """
+
+    def run_ahead(
+        self,
+        *,
+        data: int,
+        lists: int,
+        depth: int,
+        size: int,
+        block: int,
+        first: int,
+        blocks: int,
+        read_percent: int,
+        sequential: bool,
+        seconds: float,
+        interval: float,
+        seed: int = 1,
+        stall: float = 10.0,
+    ) -> tuple[int, int, int, int, float, int, int, dict[int, int], int]:
+        """Fill the whole queue with commands, over `depth` buffers, and give them again and again for `seconds`.
+
+        Every `interval` seconds this looks how many have completed, and sleeps in between, so that it takes next to no
+        processor time. Return what `run` does, without latencies, and last how often it found that the device had
+        nothing left to do: that time, and what was done in it, does not count. Completions and seconds are those until
+        the time was over; errors those of the last completion of each entry.
         """

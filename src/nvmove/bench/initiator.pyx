@@ -39,6 +39,10 @@ cdef extern from *:
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
     static inline unsigned top_bit(uint64_t value) { return 63u - (unsigned)__builtin_clzll(value); }
+    static inline void sleep_ns(uint64_t ns) {
+        struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+        nanosleep(&t, NULL);  /* ended early by a signal it was a shorter sleep */
+    }
     """
     void cpu_relax() nogil
     uint16_t load16(const void *at) nogil
@@ -47,6 +51,7 @@ cdef extern from *:
     void full_fence() nogil
     uint64_t now_ns() nogil
     unsigned top_bit(uint64_t value) nogil
+    void sleep_ns(uint64_t ns) nogil
 
 cdef enum:
     PAGE = 4096
@@ -91,7 +96,7 @@ cdef class Ring:
     cdef uint64_t *_started
     cdef uint64_t *_where
     # what came of it
-    cdef uint64_t _done, _errors, _mismatches, _elapsed
+    cdef uint64_t _done, _errors, _mismatches, _elapsed, _starved
     cdef uint32_t _last_status
     cdef uint64_t _histogram[BUCKETS]
 
@@ -129,6 +134,39 @@ cdef class Ring:
         uint64_t blocks, int read_percent, bint sequential, double seconds, uint64_t count=0, uint64_t seed=1,
         bint check=False, double stall=10.0,
     ):
+        self._take_job(data, lists, depth, size, block, first, blocks, read_percent, sequential, seed)
+        self._check, self._limit = check, count
+        cdef int end
+        try:
+            self._prepare()
+            with nogil:
+                end = self._loop(<uint64_t>(seconds * 1e9), <uint64_t>(stall * 1e9))
+        finally:
+            self._free_job()
+        return self._outcome(end)
+
+    def run_ahead(
+        self, *, uint64_t data, uint64_t lists, uint32_t depth, uint32_t size, uint32_t block, uint64_t first,
+        uint64_t blocks, int read_percent, bint sequential, double seconds, double interval, uint64_t seed=1,
+        double stall=10.0,
+    ):
+        self._take_job(data, lists, depth, size, block, first, blocks, read_percent, sequential, seed)
+        if not 0 < interval < stall:
+            raise ValueError("an interval is a time")
+        cdef int end
+        try:
+            self._prepare()
+            with nogil:
+                end = self._loop_ahead(<uint64_t>(seconds * 1e9), <uint64_t>(interval * 1e9), <uint64_t>(stall * 1e9))
+        finally:
+            self._free_job()
+        return self._outcome(end)
+
+    def _take_job(
+        self, uint64_t data, uint64_t lists, uint32_t depth, uint32_t size, uint32_t block, uint64_t first,
+        uint64_t blocks, int read_percent, bint sequential, uint64_t seed
+    ):
+        """Check a job and make room for it; what it comes to is nothing so far."""
         cdef uint64_t limit = <uint64_t>self._view.len
         cdef uint64_t stride = (size + PAGE - 1) // PAGE * PAGE
         if not 1 <= depth < self._entries:
@@ -142,35 +180,36 @@ cdef class Ring:
         self._data, self._lists, self._depth, self._size = data, lists, depth, size
         self._first, self._per_io = first, size // block
         self._blocks = blocks // self._per_io
-        self._read_percent, self._sequential, self._check = read_percent, sequential, check
+        self._read_percent, self._sequential, self._check = read_percent, sequential, False
         self._seed, self._random = seed, seed * 0x9E3779B97F4A7C15u | 1
-        self._limit, self._issued, self._position = count, 0, 0
-        self._done = self._errors = self._mismatches = self._messages = 0
+        self._limit = self._issued = self._position = 0
+        self._done = self._errors = self._mismatches = self._messages = self._elapsed = self._starved = 0
         self._last_status = 0
         self._stop = 0
         memset(self._histogram, 0, sizeof(self._histogram))
         self._templates = <uint8_t *>calloc(depth, 64)
         self._started = <uint64_t *>calloc(depth, 8)
         self._where = <uint64_t *>calloc(depth, 16)
-        cdef int end
-        try:
-            if self._templates == NULL or self._started == NULL or self._where == NULL:
-                raise MemoryError()
-            self._prepare(stride)
-            with nogil:
-                end = self._loop(<uint64_t>(seconds * 1e9), <uint64_t>(stall * 1e9))
-        finally:
-            free(self._templates)
-            free(self._started)
-            free(self._where)
+        if self._templates == NULL or self._started == NULL or self._where == NULL:
+            self._free_job()
+            raise MemoryError()
+
+    cdef void _free_job(self) noexcept:
+        free(self._templates)
+        free(self._started)
+        free(self._where)
+
+    def _outcome(self, int end):
+        """Return what initiator.pyi says of `run`."""
         histogram = {at: self._histogram[at] for at in range(BUCKETS) if self._histogram[at]}
         return (
             end, self._done, self._errors, self._mismatches, self._elapsed / 1e9, self._messages, self._last_status,
-            histogram,
+            histogram, self._starved,
         )
 
-    cdef void _prepare(self, uint64_t stride) noexcept:
+    cdef void _prepare(self) noexcept:
         """Make each slot's command but for its opcode and its LBA. Guest addresses are offsets in the memory."""
+        cdef uint64_t stride = (self._size + PAGE - 1) // PAGE * PAGE
         cdef uint32_t slot, page, pages
         cdef uint64_t address
         cdef uint64_t *entry
@@ -355,3 +394,77 @@ cdef class Ring:
                     return 1
         self._elapsed = now - begin
         return 0
+
+    # --- ahead: the whole queue is filled, and seldom looked at ---------------------------------------------------
+
+    cdef int _loop_ahead(self, uint64_t duration, uint64_t interval, uint64_t stall) noexcept nogil:
+        """Every entry is a command before the first is rung, so all that is to do is moving tail and head."""
+        cdef uint64_t begin, now, before, last, issued = 0, taken = 0
+        cdef uint32_t slot = 0, number, found, room = self._entries - 1
+        cdef int end = 0
+        for number in range(self._entries):
+            self._submit(slot, 0)
+            (<uint16_t *>(self._sq + ((self._tail or self._entries) - 1) * <uint64_t>64))[1] = <uint16_t>number
+            slot = slot + 1 if slot + 1 < self._depth else 0
+        # The tail is where it was, once around.
+        begin = last = now = now_ns()
+        while True:
+            if now - begin < duration and not self._stop:
+                number = room - <uint32_t>(issued - taken)
+                self._tail = (self._tail + number) % self._entries
+                issued += number
+            if self._ring():
+                return 2
+            if issued == taken:
+                break
+            sleep_ns(interval)
+            before, now = now, now_ns()
+            found = self._completed()
+            taken += found
+            self._head += found
+            if self._head >= self._entries:
+                self._head -= self._entries
+                self._phase ^= 1
+            if found:
+                last = now
+            elif now - last > stall:
+                end = 1
+                break
+            if now - begin < duration or not self._done:
+                # A time in which the device ran out of commands tells how long this slept.
+                self._starved += issued == taken
+                if issued != taken or not self._done:
+                    self._done += found
+                    self._elapsed += now - before
+        self._look_at_statuses()
+        return end
+
+    cdef bint _is_posted(self, uint32_t number) noexcept nogil:
+        """Whether the completion that comes after `number` others from the head is there."""
+        cdef uint32_t at = self._head + number
+        cdef uint16_t phase = self._phase
+        if at >= self._entries:
+            at -= self._entries
+            phase ^= 1
+        return (load16(self._cq + at * <uint64_t>16 + 14) & 1) == phase
+
+    cdef uint32_t _completed(self) noexcept nogil:
+        """How many completions are there from the head on: by halving, since the device posts one after the other."""
+        cdef uint32_t low = 0, high = self._entries - 1, middle
+        while low < high:
+            middle = (low + high) // 2
+            if self._is_posted(middle):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    cdef void _look_at_statuses(self) noexcept nogil:
+        """Look at the last completions, which are of the same commands as those before."""
+        cdef uint32_t at
+        cdef uint16_t status
+        for at in range(self._entries):
+            status = load16(self._cq + at * <uint64_t>16 + 14) >> 1
+            if status:
+                self._errors += 1
+                self._last_status = status

@@ -37,6 +37,8 @@ class Run:
     messages: int
     """Doorbells that went over the socket."""
     histogram: Mapping[int, int]
+    starved: int = 0
+    """How often a job that goes ahead found the device without commands."""
 
     @property
     def iops(self) -> float:
@@ -65,4 +67,5 @@ def merge(runs: Iterable[Run]) -> Run:
         seconds=max(run.seconds for run in every),
         messages=sum(run.messages for run in every),
         histogram=histogram,
+        starved=sum(run.starved for run in every),
     )

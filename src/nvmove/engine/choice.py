@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 
 from nvmove.engine.plain import PlainEngine
 from nvmove.errors import UserError
 from nvmove.nvme.seams import Engine
 from nvmove.vfio.receive import PlainReceiver, Receiver
+
+log = logging.getLogger(__name__)
 
 VARIABLE = "NVMOVE_ENGINE"
 PLAIN, COMPILED = "plain", "compiled"
@@ -37,7 +40,9 @@ def notice() -> str:
 
 def new_engine(name: str) -> Engine:
     """Return a new engine for the device `name`. Raises UserError as `chosen`."""
-    if chosen() == PLAIN:
+    engine = chosen()
+    log.info("%s: the %s engine", name, engine)
+    if engine == PLAIN:
         return PlainEngine(name)
     from nvmove.engine.compiled import CompiledEngine  # noqa: PLC0415
 

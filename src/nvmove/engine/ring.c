@@ -133,17 +133,24 @@ static void wake(struct ring *ring)
         write_event(ring->wake_fd);
 }
 
+/* What `wake` has written is read; whatever it was for is still to be looked at. */
+static void clear_wake(struct ring *ring)
+{
+    uint64_t count;
+
+    if (read(ring->wake_fd, &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)
+        return;
+    store_strict(ring->woken, 0);
+}
+
 /* Wait for `wake`. The caller has set `dozing`, and looked after that whether there is a reason to sleep. */
 static void doze(struct ring *ring)
 {
     struct pollfd wanted = {.fd = ring->wake_fd, .events = POLLIN};
-    uint64_t count;
 
     while (poll(&wanted, 1, -1) < 0 && errno == EINTR)
         ;
-    if (read(ring->wake_fd, &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)
-        return;
-    store_strict(ring->woken, 0);
+    clear_wake(ring);
 }
 
 void ring_kick(struct ring *ring)
@@ -246,6 +253,19 @@ static void arm(struct ring *ring)
     if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
         store_strict(*ring->head.event, ring->head.seen);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Doorbells are in memory that the host has mapped, and a poller compares what is there with the loop's `event`. */
+static int is_page(const struct ring *ring)
+{
+    return ring->tail.cell && ring->head.always;
+}
+
+/* Let the host not ring at its next step: the loop looks by itself, and arms before it sleeps. */
+static void disarm(struct ring *ring)
+{
+    if (ring->tail.event && !is_page(ring))
+        store(*ring->tail.event, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
 }
 
 /* --- interrupts -------------------------------------------------------------------------------------------------- */
@@ -401,11 +421,17 @@ static int collect(struct ring *ring)
     int was_any = 0;
 
     while (uring_reap(&ring->uring, &index, &result)) {
-        struct ring_slot *slot = &ring->slots[index];
-        int is_done = result >= 0 && (uint64_t)result == slot->length;
+        struct ring_slot *slot;
         struct sqe sqe;
+        int is_done;
 
+        if (index == URING_WAKE) {
+            clear_wake(ring);
+            continue;
+        }
         was_any = 1;
+        slot = &ring->slots[index];
+        is_done = result >= 0 && (uint64_t)result == slot->length;
         if (is_done && slot_next(ring, slot))
             continue;
         memcpy(&sqe, slot->sqe, sizeof sqe);
@@ -421,12 +447,12 @@ static int collect(struct ring *ring)
     return was_any;
 }
 
-/* Start what is prepared; what cannot be started is for Python. */
-static void submit(struct ring *ring)
+/* Start what is prepared, and wait for something to end; what cannot be started is for Python. */
+static void submit(struct ring *ring, int and_wait)
 {
     uint64_t index;
 
-    if (!ring->uring.pending || !uring_submit(&ring->uring))
+    if (!(and_wait ? uring_submit_and_wait(&ring->uring) : uring_submit(&ring->uring)))
         return;
     while (uring_drop(&ring->uring, &index)) {
         store(ring->in_flight, ring->in_flight - 1);
@@ -487,8 +513,7 @@ static void relax(void)
  * command would have come cannot be known from a sleep, which itself takes long to end. */
 static int spin(struct ring *ring)
 {
-    int is_page = ring->tail.cell && ring->head.always; /* nobody wakes the loop soon there: it is always worth it */
-    int64_t since, waited = 0, longest = is_page ? SPIN_PAGE_NS : ring->spin_ns;
+    int64_t since, waited = 0, longest = is_page(ring) ? SPIN_PAGE_NS : ring->spin_ns;
 
     if (distance(ring->head.seen, ring->cq_tail, ring->cq_size) > 1)
         ring->deep = SPIN_DEEP;
@@ -496,11 +521,12 @@ static int spin(struct ring *ring)
         ring->deep--;
     if (!ring->spin_ns)
         return 0;
-    if (!is_page && !ring->deep) {
+    if (!is_page(ring) && !ring->deep) {
         if (ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM)
             return 0;
         longest = least(longest, SPIN_SHALLOW_NS);
     }
+    submit(ring, 0);
     since = now_ns();
     do {
         if (waited > SPIN_ALONE_NS)
@@ -531,13 +557,14 @@ static int sleep_well(struct ring *ring)
     return __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-/* Wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot be taken meanwhile. */
+/* Start what is prepared and wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot
+ * be taken meanwhile. */
 static void wait_for_disks(struct ring *ring, int is_ending)
 {
     store_strict(ring->dozing, 1);
-    if (!uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))))
-        doze(ring);
+    submit(ring, !uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))));
     store_strict(ring->dozing, 0);
+    disarm(ring);
 }
 
 /* Run commands until there is a reason to come back. Without `may_wait` having nothing to do is one: the ring is lent
@@ -551,7 +578,7 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
     if (load_strict(ring->state) != RING_RUNNING)
         return RING_GONE;
     for (;;) {
-        uint32_t count = 0;
+        uint32_t count = 0, prepared = ring->uring.pending;
 
         store_strict(ring->rung, 0);
         if (ring->in_flight && collect(ring))
@@ -562,7 +589,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             if (count)
                 is_odd = !run_batch(ring, count);
         }
-        submit(ring);
+        if (prepared) /* what is prepared now starts with the next wait, or after one more batch */
+            submit(ring, 0);
         announce(ring);
         if (is_odd || ring->failed || load_strict(ring->stop)) {
             if (!ring->in_flight)

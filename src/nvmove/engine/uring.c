@@ -2,6 +2,7 @@
 #include "uring.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -15,14 +16,15 @@ static uint64_t larger(uint64_t one, uint64_t other)
     return one > other ? one : other;
 }
 
-int uring_open(struct uring *uring, uint32_t entries, int event_fd)
+int uring_open(struct uring *uring, uint32_t entries, int wake_fd)
 {
     struct io_uring_params p;
     uint8_t *rings;
 
     memset(uring, 0, sizeof *uring);
     memset(&p, 0, sizeof p);
-    uring->fd = (int)syscall(SYS_io_uring_setup, entries, &p);
+    uring->wake_fd = wake_fd;
+    uring->fd = (int)syscall(SYS_io_uring_setup, entries + 1, &p); /* one to watch `wake_fd` */
     if (uring->fd < 0)
         return errno;
     if (!(p.features & IORING_FEAT_SINGLE_MMAP) || !(p.features & IORING_FEAT_NODROP)) { /* before Linux 5.5 */
@@ -36,8 +38,7 @@ int uring_open(struct uring *uring, uint32_t entries, int event_fd)
                         IORING_OFF_SQ_RING);
     uring->sqes = mmap(NULL, uring->sqes_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, uring->fd,
                        IORING_OFF_SQES);
-    if (uring->rings == MAP_FAILED || uring->sqes == MAP_FAILED ||
-        syscall(SYS_io_uring_register, uring->fd, IORING_REGISTER_EVENTFD, &event_fd, 1) < 0) {
+    if (uring->rings == MAP_FAILED || uring->sqes == MAP_FAILED) {
         int error = errno;
 
         uring_close(uring);
@@ -68,6 +69,7 @@ void uring_close(struct uring *uring)
     uring->fd = -1;
 }
 
+/* Prepare one of which only this much is known. */
 static struct io_uring_sqe *prepare(struct uring *uring, uint8_t opcode, int fd, uint64_t id)
 {
     uint32_t tail = *uring->sq_tail, index = tail & uring->sq_mask;
@@ -78,7 +80,7 @@ static struct io_uring_sqe *prepare(struct uring *uring, uint8_t opcode, int fd,
     sqe->fd = fd;
     sqe->user_data = id;
     uring->sq_array[index] = index;
-    store(*uring->sq_tail, tail + 1); /* the kernel looks when it is told to, in uring_submit */
+    store(*uring->sq_tail, tail + 1); /* the kernel looks only when it is entered */
     uring->pending++;
     return sqe;
 }
@@ -124,6 +126,20 @@ void uring_prepare_allocate(struct uring *uring, int fd, int mode, uint64_t offs
     sqe->len = (uint32_t)mode;
 }
 
+int uring_submit_and_wait(struct uring *uring)
+{
+    long done;
+
+    if (!uring->is_watching) {
+        prepare(uring, IORING_OP_POLL_ADD, uring->wake_fd, URING_WAKE)->poll_events = POLLIN;
+        uring->is_watching = 1;
+    }
+    done = syscall(SYS_io_uring_enter, uring->fd, uring->pending, 1, IORING_ENTER_GETEVENTS, NULL, 0);
+    if (done > 0)
+        uring->pending -= (uint32_t)done;
+    return done < 0 && errno != EINTR ? errno : 0;
+}
+
 int uring_submit(struct uring *uring)
 {
     while (uring->pending) {
@@ -139,15 +155,17 @@ int uring_submit(struct uring *uring)
 
 int uring_drop(struct uring *uring, uint64_t *id)
 {
-    uint32_t tail;
+    while (uring->pending) {
+        uint32_t tail = *uring->sq_tail - 1;
 
-    if (!uring->pending)
-        return 0;
-    tail = *uring->sq_tail - 1;
-    *id = uring->sqes[tail & uring->sq_mask].user_data;
-    store(*uring->sq_tail, tail);
-    uring->pending--;
-    return 1;
+        *id = uring->sqes[tail & uring->sq_mask].user_data;
+        store(*uring->sq_tail, tail);
+        uring->pending--;
+        if (*id != URING_WAKE)
+            return 1;
+        uring->is_watching = 0;
+    }
+    return 0;
 }
 
 int uring_has_ended(const struct uring *uring)
@@ -164,6 +182,8 @@ int uring_reap(struct uring *uring, uint64_t *id, int32_t *result)
         return 0;
     *id = cqe->user_data;
     *result = cqe->res;
+    if (*id == URING_WAKE)
+        uring->is_watching = 0;
     store(*uring->cq_head, head + 1);
     return 1;
 }
