@@ -275,6 +275,14 @@ class Hung:
     def failed(self) -> list[tuple[int, bytes]]:
         return []
 
+    marking = failed
+
+    def take_marks(self) -> list[tuple[int, int]]:
+        return []
+
+    def marked(self) -> None:
+        pass
+
     def revoke(self) -> None:
         self.is_revoked = True
 

@@ -93,26 +93,26 @@ void ring_destroy(struct ring *ring)
 /* Make what O_DIRECT disks want; return 0 or an errno. */
 int ring_open_disks(struct ring *ring)
 {
-    int error;
+    int error = ring_make_slots(ring);
 
-    if (ring->slots)
-        return 0;
-    error = uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
-    if (error)
+    if (error || ring->uring.fd >= 0)
         return error;
-    ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
-    if (!ring->slots) {
-        uring_close(&ring->uring);
-        return ENOMEM;
-    }
-    return 0;
+    return uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
+}
+
+/* Make what commands want that are not done at once; return 0 or an errno. */
+int ring_make_slots(struct ring *ring)
+{
+    if (!ring->slots)
+        ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
+    return ring->slots ? 0 : ENOMEM;
 }
 
 /* Set the loop's own fields up for a lease; 0: the completion queue is not in guest memory. */
 int ring_begin(struct ring *ring)
 {
     ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
-    ring->in_flight = ring->failed = 0;
+    ring->in_flight = ring->failed = ring->unmarked_count = ring->marking_count = ring->marked = 0;
     memset(&ring->counts, 0, sizeof ring->counts);
     for (uint32_t i = 0; i < RING_SLOTS; i++) {
         ring->free_slots[i] = i;
@@ -121,6 +121,7 @@ int ring_begin(struct ring *ring)
     }
     ring->free_count = RING_SLOTS;
     ring->completions = region_at(ring, ring->cq_address, (uint64_t)ring->cq_size * CQE_SIZE, 1);
+    ring->completions_written = written_at(ring, ring->cq_address);
     return ring->completions != NULL;
 }
 
@@ -172,6 +173,13 @@ void ring_wait(struct ring *ring)
 void ring_revoke(struct ring *ring)
 {
     store_strict(ring->stop, 1);
+    wake(ring);
+}
+
+/* What `ring_take_marks` took is marked. */
+void ring_marked(struct ring *ring)
+{
+    store_strict(ring->marked, 1);
     wake(ring);
 }
 
@@ -244,15 +252,22 @@ static int look_at_both(struct ring *ring)
            look(&ring->head, ring->cq_size, distance(ring->head.seen, ring->cq_tail, ring->cq_size));
 }
 
+static void say_seen(struct ring_doorbell *bell)
+{
+    store_strict(*bell->event, bell->seen);
+    if (bell->written)
+        store(*bell->written, 1);
+}
+
 /* Let the host ring from its next step on; whether it did one before that took effect, a look must show. */
 static void arm(struct ring *ring)
 {
     uint32_t used = distance(ring->head.seen, ring->cq_tail, ring->cq_size);
 
     if (ring->tail.event)
-        store_strict(*ring->tail.event, ring->tail.seen);
+        say_seen(&ring->tail);
     if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
-        store_strict(*ring->head.event, ring->head.seen);
+        say_seen(&ring->head);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
@@ -315,12 +330,29 @@ static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, i
     return done;
 }
 
+/* Put the command that was just resolved into a slot; return which. It is in flight from now on. */
+static uint32_t keep(struct ring *ring, const struct sqe *sqe, int count, uint64_t length)
+{
+    uint32_t index = ring->free_slots[--ring->free_count];
+    struct ring_slot *slot = &ring->slots[index];
+
+    store(ring->in_flight, ring->in_flight + 1);
+    memcpy(slot->sqe, sqe, SQE_SIZE);
+    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
+    if (ring->tracks)
+        memcpy(slot->addresses, ring->addresses, (size_t)count * sizeof *slot->addresses);
+    slot->count = (uint32_t)count;
+    slot->order = ring->fetched;
+    slot->failed = 0;
+    slot->length = length;
+    return index;
+}
+
 /* Give a command to an O_DIRECT disk; 0: it is not as such a disk wants it. */
 static int start(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk, int count, uint64_t length)
 {
-    uint32_t index = ring->free_slots[ring->free_count - 1];
-    struct ring_slot *slot = &ring->slots[index];
     uint64_t bits = 0, lba = (uint64_t)sqe->cdw11 << 32 | sqe->cdw10;
+    uint32_t index;
 
     if (count > SLOT_IOVECS)
         return 0;
@@ -328,14 +360,8 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
         bits |= (uintptr_t)ring->iovecs[i].iov_base | ring->iovecs[i].iov_len;
     if (bits & (disk->alignment - 1))
         return 0;
-    ring->free_count--;
-    store(ring->in_flight, ring->in_flight + 1);
-    memcpy(slot->sqe, sqe, SQE_SIZE);
-    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
-    slot->order = ring->fetched;
-    slot->failed = 0;
-    slot->length = length;
-    uring_prepare(&ring->uring, sqe->opcode == OPCODE_READ, disk->fd, slot->iovecs, (uint32_t)count,
+    index = keep(ring, sqe, count, length);
+    uring_prepare(&ring->uring, sqe->opcode == OPCODE_READ, disk->fd, ring->slots[index].iovecs, (uint32_t)count,
                   lba << disk->shift, index);
     return 1;
 }
@@ -349,6 +375,12 @@ static void count_command(struct ring *ring, int is_read, uint64_t length)
         store(ring->counts.bytes_written, ring->counts.bytes_written + length);
         store(ring->counts.writes, ring->counts.writes + 1);
     }
+}
+
+static void note_all(struct ring *ring, const uint64_t *addresses, const struct iovec *iovecs, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        note_written(ring, addresses[i], iovecs[i].iov_len);
 }
 
 enum outcome { FOR_PYTHON, DONE, STARTED };
@@ -373,18 +405,27 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
     if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
         return FOR_PYTHON;
     count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
-    if (count <= 0)
+    if (count <= 0 || (is_read && ring->marks && count > MARK_RUNS))
         return FOR_PYTHON;
     if (disk->fd >= 0 && disk->alignment > 1)
         return start(ring, sqe, disk, count, length) ? STARTED : FOR_PYTHON;
     if (disk->fd >= 0) {
-        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length)
+        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length) {
+            if (is_read && ring->tracks) /* some of it may be there */
+                note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
             return FOR_PYTHON;
+        }
     } else if (is_read && disk->zeroes) {
         for (int i = 0; i < count; i++)
             memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
     }
     count_command(ring, is_read, length);
+    if (is_read && ring->marks) {
+        ring->unmarked[ring->unmarked_count++] = keep(ring, sqe, count, length);
+        return STARTED;
+    }
+    if (is_read && ring->tracks)
+        note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
     return DONE;
 }
 
@@ -401,7 +442,7 @@ static void advance(struct ring *ring)
 static void post(struct ring *ring, uint16_t cid)
 {
     struct cqe *entry = (struct cqe *)(ring->completions + (uint64_t)ring->cq_tail * CQE_SIZE);
-    uint32_t phase = ring->phase, next = ring->cq_tail + 1;
+    uint32_t phase = ring->phase, at = ring->cq_tail, next = at + 1;
 
     if (next == ring->cq_size) {
         next = 0;
@@ -412,7 +453,59 @@ static void post(struct ring *ring, uint16_t cid)
     entry->sq_head = (uint16_t)ring->sq_head;
     entry->sqid = ring->sqid;
     store(entry->cid_and_status, cid | phase << 16);
+    if (ring->completions_written) /* no completion waits for this one: it is found when the loop has stopped */
+        store(ring->completions_written[(ring->cq_address % DIRTY_PAGE + (uint64_t)at * CQE_SIZE) / DIRTY_PAGE], 1);
     ring->unsignalled++;
+}
+
+static void post_slot(struct ring *ring, uint32_t index)
+{
+    struct sqe sqe;
+
+    memcpy(&sqe, ring->slots[index].sqe, sizeof sqe);
+    ring->free_slots[ring->free_count++] = index;
+    store(ring->in_flight, ring->in_flight - 1);
+    post(ring, sqe.cid);
+}
+
+/* --- reads that wait to be marked dirty -------------------------------------------------------------------------- */
+
+void ring_take_marks(struct ring *ring)
+{
+    uint32_t taken = 0, runs = 0;
+
+    while (taken < ring->unmarked_count) {
+        runs += ring->slots[ring->unmarked[taken]].count;
+        if (taken && runs > MARK_RUNS)
+            break;
+        ring->marking[taken] = ring->unmarked[taken];
+        taken++;
+    }
+    ring->unmarked_count -= taken;
+    memmove(ring->unmarked, ring->unmarked + taken, ring->unmarked_count * sizeof *ring->unmarked);
+    store(ring->marked, 0);
+    ring->marking_count = taken;
+}
+
+static void post_marked(struct ring *ring)
+{
+    if (!ring->marking_count || !load_strict(ring->marked))
+        return;
+    for (uint32_t i = 0; i < ring->marking_count; i++)
+        post_slot(ring, ring->marking[i]);
+    ring->marking_count = 0;
+}
+
+/* The pair is wanted back: what nobody has begun to mark is noted instead, and complete. */
+static void give_up_marks(struct ring *ring)
+{
+    for (uint32_t i = 0; i < ring->unmarked_count; i++) {
+        const struct ring_slot *slot = &ring->slots[ring->unmarked[i]];
+
+        note_all(ring, slot->addresses, slot->iovecs, slot->count);
+        post_slot(ring, ring->unmarked[i]);
+    }
+    ring->unmarked_count = 0;
 }
 
 /* Take what has ended at O_DIRECT disks: successes are posted, the rest is for Python. */
@@ -423,15 +516,20 @@ static void collect(struct ring *ring)
 
     while (uring_reap(&ring->uring, &index, &result)) {
         struct ring_slot *slot = &ring->slots[index];
-        struct sqe sqe;
+        int is_read = slot->sqe[0] == OPCODE_READ, is_good = result >= 0 && (uint64_t)result == slot->length;
 
-        memcpy(&sqe, slot->sqe, sizeof sqe);
-        store(ring->in_flight, ring->in_flight - 1);
-        if (result >= 0 && (uint64_t)result == slot->length) {
-            count_command(ring, sqe.opcode == OPCODE_READ, slot->length);
-            ring->free_slots[ring->free_count++] = (uint32_t)index;
-            post(ring, sqe.cid);
+        if (is_good)
+            count_command(ring, is_read, slot->length);
+        if (is_good && is_read && ring->marks) {
+            ring->unmarked[ring->unmarked_count++] = (uint32_t)index;
+            continue;
+        }
+        if (is_read && ring->tracks) /* of one that failed some may be there */
+            note_all(ring, slot->addresses, slot->iovecs, slot->count);
+        if (is_good) {
+            post_slot(ring, (uint32_t)index);
         } else {
+            store(ring->in_flight, ring->in_flight - 1);
             slot->failed = 1;
             ring->failed++;
         }
@@ -539,11 +637,21 @@ static int sleep_well(struct ring *ring)
     return __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-/* Wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot be taken meanwhile. */
-static void wait_for_disks(struct ring *ring, int is_ending)
+static uint32_t at_disks(const struct ring *ring)
 {
+    return ring->in_flight - ring->unmarked_count - ring->marking_count;
+}
+
+/* Wait for a command at a disk to end, for what is being marked, or, unless `is_ending`, for the host. The pair cannot
+ * be taken meanwhile. */
+static void wait_for_flight(struct ring *ring, int is_ending)
+{
+    int is_stopped, has_news;
+
     store_strict(ring->dozing, 1);
-    if (!uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))))
+    is_stopped = (int)load_strict(ring->stop);
+    has_news = (at_disks(ring) && uring_has_ended(&ring->uring)) || (ring->marking_count && load_strict(ring->marked));
+    if (!has_news && (is_ending ? !is_stopped || at_disks(ring) : !is_stopped && !load_strict(ring->rung)))
         doze(ring);
     store_strict(ring->dozing, 0);
 }
@@ -562,8 +670,9 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         uint32_t count = 0;
 
         store_strict(ring->rung, 0);
-        if (ring->in_flight)
+        if (at_disks(ring))
             collect(ring);
+        post_marked(ring);
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
@@ -571,11 +680,16 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
                 is_odd = !run_batch(ring, count);
         }
         submit(ring);
+        if (load_strict(ring->stop))
+            give_up_marks(ring);
         announce(ring);
+        if (ring->unmarked_count && !ring->marking_count)
+            return RING_MARK;
         if (is_odd || ring->failed || load_strict(ring->stop)) {
-            if (!ring->in_flight)
+            /* Whoever wants the pair back does not wait for what is being marked: Python completes that. */
+            if (!ring->in_flight || (load_strict(ring->stop) && ring->in_flight == ring->marking_count))
                 return is_odd || ring->failed ? RING_ODD : RING_REVOKED;
-            wait_for_disks(ring, 1);
+            wait_for_flight(ring, 1);
             continue;
         }
         if (count) {
@@ -589,7 +703,9 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         if (!look_at_both(ring) || available(ring))
             continue;
         if (ring->in_flight) {
-            wait_for_disks(ring, 0);
+            if (!may_wait && !at_disks(ring))
+                return RING_IDLE;
+            wait_for_flight(ring, 0);
             continue;
         }
         store_strict(ring->state, RING_ASLEEP);
