@@ -19,10 +19,10 @@ from nvmove.block.backend import Operation
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.seams import Engine
-from nvmove.nvme.spec import Nvm, Register
+from nvmove.nvme.spec import Admin, Nvm, Register
 from nvmove.vfio.dirty import PAGE, DirtyLog
 
-PAGES = 0x200
+PAGES, SHADOWS = 0x200, 0x1E_0000
 LONG = 20
 
 
@@ -224,3 +224,42 @@ def test_a_disable_waits_for_marks_that_are_under_way() -> None:
     finally:
         rig.client.answer()
         engine.close()
+
+
+def test_reads_nobody_has_begun_to_mark_are_noted_when_the_queue_is_wanted_back() -> None:
+    engine = CompiledEngine(spin_us=0)
+    rig = Rig(engine=engine)
+    try:
+        rig.client.holds = True
+        cids = [rig.read_page(number) for number in range(40)]
+        wait(lambda: bool(rig.client.waiting) and rig.controller.inspect()["live"]["in_flight"][1] == 40)
+        unmapped = threading.Event()
+        rig.ram.memory.unmap(0x1F_0000, 0x1000, lambda _errno: unmapped.set())
+        assert unmapped.wait(LONG)
+        ((runs, _),) = rig.client.waiting
+        marking = {address // PAGE - DATA // PAGE for address, _ in runs}
+        early = rig.reap(1)
+        assert sorted(cids.index(completion.cid) for completion in early) == sorted(set(range(40)) - marking)
+        rig.client.copy_all()
+        rig.client.answer()
+        assert rig.controller.pause(LONG)
+        rig.ram.memory.mark_dirty()
+        assert {DATA // PAGE + number for number in range(40)} <= rig.client.dirty
+        assert len(early) + len(rig.reap(1)) == 40
+    finally:
+        rig.client.answer()
+        engine.close()
+
+
+def test_the_event_indexes_are_noted() -> None:
+    rig = Rig()
+    assert rig.admin(Admin.DOORBELL_BUFFER_CONFIG, prp1=SHADOWS, prp2=SHADOWS + PAGE).status == 0
+    rig.drain()
+    rig.ram.memory.dirty.collect()
+    rig.ram.memory.dirty.recorded.take()
+    rig.engine.runs.clear()
+    rig.read_page(0)
+    rig.drain()
+    assert rig.engine.runs == []
+    rig.ram.memory.dirty.collect()
+    assert rig.ram.memory.dirty.recorded.take() == [rig.cqs[1].address // PAGE, SHADOWS // PAGE + 1]
