@@ -487,6 +487,14 @@ void ring_take_marks(struct ring *ring)
     ring->marking_count = taken;
 }
 
+/* Whether it is time to mark: one batch at a time, as large as it gets, since its answer takes long. */
+static int has_marks(const struct ring *ring, int is_idle)
+{
+    int is_full = ring->unmarked_count >= MARK_READS;
+
+    return ring->unmarked_count && !ring->marking_count && (is_idle || is_full || ring->failed);
+}
+
 static void post_marked(struct ring *ring)
 {
     if (!ring->marking_count || !load_strict(ring->marked))
@@ -683,7 +691,7 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         if (load_strict(ring->stop))
             give_up_marks(ring);
         announce(ring);
-        if (ring->unmarked_count && !ring->marking_count)
+        if (has_marks(ring, !count || is_odd))
             return RING_MARK;
         if (is_odd || ring->failed || load_strict(ring->stop)) {
             /* Whoever wants the pair back does not wait for what is being marked: Python completes that. */

@@ -21,6 +21,7 @@
 #define RING_SLOTS 128   /* commands at the disk at a time */
 #define SLOT_IOVECS 264  /* of one of those: 1 MiB in pages, and some */
 #define MARK_RUNS 48     /* runs of memory marked dirty at a time: each may be a message */
+#define MARK_READS 32    /* so many reads wait for no more */
 #define DIRTY_PAGE 4096  /* the granularity of what was written */
 
 /* A run of guest memory [start, end), here at `base`. */
