@@ -10,7 +10,7 @@ from nvmove.block.backend import Operation, Request
 from nvmove.block.lend import Loan
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
-from nvmove.engine.loop import Ring
+from nvmove.engine.loop import Bells, Ring
 from nvmove.nvme.seams import Lender, LentRegion
 from tests.nvme_host import Disk, Lines, Ram
 
@@ -20,6 +20,7 @@ class InlineRings(InlineEngine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.bells = Bells()
         self.rings: dict[int, Ring] = {}
         self.lent: set[int] = set()
         self.runs: list[int] = []
@@ -34,7 +35,7 @@ class InlineRings(InlineEngine):
 
     def attach(self, sqid: int) -> None:
         super().attach(sqid)
-        self.rings[sqid] = Ring()
+        self.rings[sqid] = Ring(0, self.bells)
         self.lent.discard(sqid)
 
     def detach(self, sqid: int) -> None:

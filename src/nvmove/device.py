@@ -47,6 +47,7 @@ from nvmove.vfio.dirty import DirtyLog, DirtyReport
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
 from nvmove.vfio.page import SharedPages
+from nvmove.vfio.receive import PlainReceiver, Receiver
 from nvmove.vfio.transport import Server
 
 log = logging.getLogger(__name__)
@@ -114,11 +115,20 @@ class NvmeDevice:
 
     def start(self, socket: Path) -> None:
         """Serve the device at `socket`. Raises `nvmove.vfio.transport.ListenError`."""
-        server = Server(socket, self)
+        server = Server(socket, self, self.receiver)
         server.start()
         self._server = server
         if self._poller is not None:
             self._poller.start()
+
+    @property
+    def receiver(self) -> Receiver:
+        """Who receives the client's messages."""
+        if (
+            self._doorbells is not None
+        ):  # what comes by message all the same goes into the page that the client has mapped
+            return PlainReceiver()
+        return choice.receiver_of(self._engine)
 
     def close(self) -> None:
         """Hang up, remove the socket, stop the engine. I/O that a back end holds is waited for a few seconds only."""

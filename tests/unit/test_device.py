@@ -68,7 +68,7 @@ def make(serial: str = "S1", disk: EmptyDisk | None = None, vectors: int = 4, ma
 @contextmanager
 def connected(device: NvmeDevice) -> Iterator[VfioUserClient]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection = Connection(ours, device)
+    connection = Connection(ours, device, device.receiver)
     thread = threading.Thread(target=connection.serve, daemon=True)
     thread.start()
     with VfioUserClient(theirs, timeout=5) as client:

@@ -269,8 +269,8 @@ class Hung:
     def positions(self) -> tuple[int, int, int, int, int, int]:
         return self.now
 
-    def counts(self) -> tuple[int, int, int, int]:
-        return 0, 0, 0, 0
+    def counts(self) -> tuple[int, int, int, int, int]:
+        return 0, 0, 0, 0, 0
 
     def failed(self) -> list[tuple[int, bytes]]:
         return []

@@ -8,6 +8,7 @@ import os
 from nvmove.engine.plain import PlainEngine
 from nvmove.errors import UserError
 from nvmove.nvme.seams import Engine
+from nvmove.vfio.receive import PlainReceiver, Receiver
 
 VARIABLE = "NVMOVE_ENGINE"
 PLAIN, COMPILED = "plain", "compiled"
@@ -41,3 +42,8 @@ def new_engine(name: str) -> Engine:
     from nvmove.engine.compiled import CompiledEngine  # noqa: PLC0415
 
     return CompiledEngine(name)
+
+
+def receiver_of(engine: Engine) -> Receiver:
+    """Return who receives the messages of the client whose queues `engine` runs."""
+    return engine.receiver if isinstance(engine, PlainEngine) else PlainReceiver()

@@ -12,8 +12,8 @@ from nvmove.engine.plain import PlainEngine, Worker
 from nvmove.nvme.seams import Lender
 
 SPIN_US = 200
-"""The longest busy wait for the next command; seldom where it was in vain, never without a command before. A guest
-under TCG takes over 100 µs from a completion to its next command (docs/performance.md)."""
+"""The longest busy wait for the next command, of a host that has many under way (ring.c, `spin`): a guest under TCG
+takes over 100 µs from one to the next (docs/performance.md)."""
 MANY = 16
 """Commands that Python runs before the loop is tried again, where the loop got nowhere."""
 
@@ -25,6 +25,8 @@ class CompiledEngine(PlainEngine):
         super().__init__(name)
         self._spin_us = spin_us
         self._lender: Lender | None = None
+        self._bells = loop.Bells()
+        self.receiver = self._bells  # doorbells of queues that are lent do not come to Python
 
     def bind(self, run: Callable[[int], None], lender: Lender | None = None) -> None:
         """`run(sqid)` is what runs a queue that `lender` does not lend; called once, before any `attach`."""
@@ -34,18 +36,17 @@ class CompiledEngine(PlainEngine):
     def _worker(self, sqid: int) -> Worker:
         if sqid == 0 or self._lender is None or self._run is None:  # admin commands are never the loop's
             return super()._worker(sqid)
-        return RingWorker(sqid, self._run, self._lender, f"{self._name}-sq{sqid}", self._spin_us)
+        ring = loop.Ring(self._spin_us, self._bells)
+        return RingWorker(sqid, self._run, self._lender, ring, f"{self._name}-sq{sqid}")
 
 
 class RingWorker(Worker):
     """One queue's thread: in C as long as possible."""
 
-    def __init__(
-        self, sqid: int, run: Callable[[int], None], lender: Lender, name: str = "", spin_us: int = SPIN_US
-    ) -> None:
+    def __init__(self, sqid: int, run: Callable[[int], None], lender: Lender, ring: loop.Ring, name: str = "") -> None:
         super().__init__(sqid, run, name)
         self._lender = lender
-        self._ring = loop.Ring(spin_us)
+        self._ring = ring
 
     def kick(self) -> None:
         """There may be something to do."""
@@ -80,7 +81,7 @@ def run_lent(ring: loop.Ring, lender: Lender, sqid: int, *, may_wait: bool = Tru
     if reason == loop.IDLE:
         return True
     if reason != loop.GONE:  # who took it has ended the lease
-        reads, _, writes, _ = ring.counts()
+        reads, _, writes, _, _ = ring.counts()
         lender.give_back(ring)
         if reason == loop.ODD:
             lender.step(sqid, 1 if reads or writes else MANY)

@@ -1,12 +1,15 @@
 # cython: language_level=3, embedsignature=False
 """The compiled loop as an object: a `Ring` is lent a queue pair, runs it without the GIL, and gives it back.
 
-Loop and rules are in ring.c; `nvmove.nvme.seams.LentQueue` is the contract.
+Loop and rules are in ring.c; `nvmove.nvme.seams.Borrower` is the contract. `Bells` receives a client's messages
+(receive.c, `nvmove.vfio.receive.Receiver`) and tells the rings their doorbells by itself.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from os import close, strerror
 
 cdef extern from "ring.h" nogil:
     cdef struct ring_region:
@@ -43,6 +46,7 @@ cdef extern from "ring.h" nogil:
         uint64_t bytes_read
         uint64_t writes
         uint64_t bytes_written
+        uint64_t doorbells
 
     cdef struct ring_doorbell:
         uint32_t seen
@@ -119,6 +123,18 @@ cdef extern from "ring.h" nogil:
     ring_reason ring_run(c_ring *ring, int may_wait)
     void ring_wait(c_ring *ring)
 
+cdef extern from "bells.h" nogil:
+    cdef struct c_bells "bells":
+        pass
+
+    int bells_init(c_bells *bells)
+    void bells_destroy(c_bells *bells)
+    int bells_hang(c_bells *bells, uint32_t cell, c_ring *ring)
+
+cdef extern from "receive.h" nogil:
+    int RECEIVE_MAX_FDS
+    int receive(int fd, uint8_t *buffer, size_t size, c_bells *bells, int *fds, uint32_t *fd_count)
+
 IDLE = RING_IDLE
 REVOKED = RING_REVOKED
 GONE = RING_GONE
@@ -156,17 +172,52 @@ cdef uint32_t position(ring_doorbell *bell):
     return bell.told if bell.cell == NULL or bell.late else bell.seen
 
 
+cdef class Bells:
+    """The doorbells of one device's rings, and who receives them."""
+
+    cdef c_bells bells
+
+    def __cinit__(self):
+        cdef int error = bells_init(&self.bells)
+        if error:
+            raise OSError(error, "no lock")
+
+    def __dealloc__(self):
+        bells_destroy(&self.bells)
+
+    def receive(self, sock, buffer):
+        """As `nvmove.vfio.receive.Receiver`."""
+        cdef int fd = sock.fileno()
+        cdef int fds[16]
+        cdef uint32_t fd_count = 0
+        cdef uint8_t *memory = <uint8_t *>address(buffer)
+        cdef size_t size = len(buffer)
+        cdef int result
+        with nogil:
+            result = receive(fd, memory, size, &self.bells, fds, &fd_count)
+        found = [fds[index] for index in range(fd_count)]
+        if result > 0:
+            return found
+        for descriptor in found:
+            close(descriptor)
+        if result < 0:
+            raise OSError(-result, strerror(-result))
+        return None
+
+
 cdef class Ring:
     """A place for one queue pair, and the loop's thread that runs it."""
 
     cdef c_ring ring
     cdef object terms  # keeps the views of all that the loop touches
+    cdef Bells bells
 
-    def __cinit__(self, spin_us=0):
+    def __cinit__(self, spin_us=0, Bells bells=None):
         cdef int error = ring_init(&self.ring)
         if error:
             raise OSError(error, "no eventfd")
         self.ring.spin_ns = <int64_t>spin_us * 1000
+        self.bells = bells
 
     def __dealloc__(self):
         ring_destroy(&self.ring)
@@ -204,7 +255,17 @@ cdef class Ring:
         ring.interrupt = terms.interrupt is not None
         ring.interrupt_fd = -1 if terms.interrupt is None else terms.interrupt
         ring.state = RING_RUNNING
+        if not self._hang(ring):
+            self.end()
+            return False
         return True
+
+    cdef bint _hang(self, c_ring *ring):
+        """Have the doorbells told to `ring`, or with NULL no more; return whether that could be."""
+        if self.bells is None or self.terms is None:
+            return True
+        cdef uint32_t tail = 2 * <uint32_t>self.terms.sqid, head = 2 * <uint32_t>self.terms.cqid + 1
+        return not bells_hang(&self.bells.bells, tail, ring) and not bells_hang(&self.bells.bells, head, ring)
 
     cdef _take_memory(self, memory):
         cdef ring_region *regions = <ring_region *>PyMem_Calloc(max(len(memory), 1), sizeof(ring_region))
@@ -241,7 +302,8 @@ cdef class Ring:
         return bool(ring_take(&self.ring))
 
     def end(self):
-        """The queue pair was given back."""
+        """The queue pair was given back; from here on the positions stay as they are."""
+        self._hang(NULL)
         if self.ring.state != RING_TAKEN:
             self.ring.state = RING_AWAY
         ring_mute(&self.ring)
@@ -261,9 +323,9 @@ cdef class Ring:
         return ring.sq_head, position(&ring.tail), position(&ring.head), ring.cq_tail, ring.phase, ring.fetched
 
     def counts(self):
-        """Return reads, bytes read, writes and bytes written since `lend`."""
+        """Return reads, bytes read, writes, bytes written and doorbells past the controller since `lend`."""
         counts = &self.ring.counts
-        return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written
+        return counts.reads, counts.bytes_read, counts.writes, counts.bytes_written, counts.doorbells
 
     @property
     def late(self):

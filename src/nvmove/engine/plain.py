@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from nvmove.nvme.seams import Lender
+from nvmove.vfio.receive import PlainReceiver, Receiver
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ class PlainEngine:
 
     def __init__(self, name: str = "nvme", poll: float = POLL) -> None:
         self.poll = poll
+        self.receiver: Receiver = PlainReceiver()
+        """Who receives the messages of the client whose queues these are."""
         self._name = name
         self._lock = threading.Lock()
         self._workers: dict[int, Worker] = {}

@@ -85,6 +85,7 @@ enum ring_reason {
 /* How much was done since the ring was lent. */
 struct ring_counts {
     uint64_t reads, bytes_read, writes, bytes_written;
+    uint64_t doorbells; /* told past the controller (bells.c) */
 };
 
 struct ring {
@@ -100,7 +101,7 @@ struct ring {
     uint32_t region_count;
     struct ring_disk *disks;
     uint32_t disk_count;
-    int64_t spin_ns; /* the longest busy wait */
+    int64_t spin_ns; /* the longest busy wait for a host with several commands under way */
 
     struct ring_doorbell tail, head;
 
@@ -121,6 +122,7 @@ struct ring {
     int64_t unsignalled_since;
     uint32_t misses; /* busy waits in a row that met no command */
     uint32_t idles;
+    uint32_t deep; /* busy waits that are still worth it: lately the host had several completions to read */
 
     /* between threads */
     uint32_t state, stop, rung, kicked, dozing, woken, marked;

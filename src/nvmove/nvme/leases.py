@@ -52,8 +52,8 @@ class _Lease:
         """Commands that the queue had fetched before."""
         self.fetched = 0
         """What the queue knows of the borrower's fetched commands."""
-        self.counted = (0, 0, 0, 0)
-        """What SMART knows of the borrower's counts."""
+        self.counted = (0, 0, 0, 0, 0)
+        """What is known here of the borrower's counts."""
         self.memory: LentMemory | None = None
         self.interrupt: LentInterrupt | None = None
         self.files: list[LentFile] = []
@@ -192,6 +192,7 @@ class Leases:
             sq_size=sq.size,
             sq_head=sq.head,
             sq_tail=sq.tail,
+            cqid=cq.cqid,
             cq_address=cq.address,
             cq_size=cq.size,
             cq_head=cq.head,
@@ -234,9 +235,9 @@ class Leases:
         """Take the queue pair's positions back; return what the caller must call when it has released the lock."""
         controller, sq, cq = self._controller, lease.sq, lease.sq.cq
         del self._live[lease.borrower]
+        lease.borrower.end()
         self._copy(lease)
         controller.doorbells.heard.update({cell_of(sq), cell_of(cq)} & controller.doorbells.late.keys())
-        lease.borrower.end()
         sq.borrower = cq.borrower = None
         cq.release(lease.permits)
         lost: list[tuple[Command, Status]] = []
@@ -282,7 +283,8 @@ class Leases:
         sq.head, sq.tail, cq.head, cq.tail, cq.phase, lease.fetched = lease.borrower.positions()
         sq.fetched = fetched + lease.fetched
         counts = lease.borrower.counts()
-        reads, bytes_read, writes, bytes_written = (now - old for now, old in zip(counts, lease.counted, strict=True))
+        since = (now - old for now, old in zip(counts, lease.counted, strict=True))
+        reads, bytes_read, writes, bytes_written, doorbells = since
         lease.counted = counts
         is_tail_late, is_head_late = lease.borrower.late
         for cell, is_late in ((cell_of(sq), is_tail_late), (cell_of(cq), is_head_late)):
@@ -295,6 +297,7 @@ class Leases:
         smart.bytes_read += bytes_read
         smart.write_commands += writes
         smart.bytes_written += bytes_written
+        self._controller.doorbells.writes += doorbells
 
     # --- the controller's side, with the lock held -------------------------------------------------------------------
 

@@ -169,6 +169,7 @@ class LeaseTerms(NamedTuple):
     sq_size: int
     sq_head: int
     sq_tail: int
+    cqid: int
     cq_address: int
     cq_size: int
     cq_head: int
@@ -207,7 +208,7 @@ class Borrower(Protocol):
         """Take the queue pair back at once, if nothing of it is under way; return whether that is so."""
 
     def end(self) -> None:
-        """The queue pair was given back."""
+        """The queue pair was given back; from here on its positions and counts stay as they are."""
 
     def set_tail(self, tail: int) -> bool:
         """As `SubmissionQueue.set_tail`."""
@@ -218,8 +219,8 @@ class Borrower(Protocol):
     def positions(self) -> tuple[int, int, int, int, int, int]:
         """Return head and tail of the submission queue; head, tail and phase of the completion queue; the fetched."""
 
-    def counts(self) -> tuple[int, int, int, int]:
-        """Return reads, bytes read, writes and bytes written since `lend`."""
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Return reads, bytes read, writes, bytes written and doorbells told past the controller, since `lend`."""
 
     @property
     def late(self) -> tuple[bool, bool]:

@@ -117,10 +117,16 @@ class Header(NamedTuple):
         return not self.flags & FLAG_NO_REPLY
 
 
-def parse_header(data: bytes | bytearray | memoryview) -> Header:
+def announced_size(data: Buffer) -> int | None:
+    """Return how many bytes the message has that these 16 begin; None when that cannot be."""
+    size = Header(*_HEADER.unpack(data)).size
+    return size if HEADER_SIZE <= size <= MAX_MESSAGE_SIZE else None
+
+
+def parse_header(data: Buffer) -> Header:
     """Decode 16 bytes; raise StreamError when what follows cannot be delimited."""
     header = Header(*_HEADER.unpack(data))
-    if not HEADER_SIZE <= header.size <= MAX_MESSAGE_SIZE:
+    if announced_size(data) is None:
         raise StreamError(f"message of {header.size} bytes")
     if header.flags & TYPE_MASK not in {TYPE_COMMAND, TYPE_REPLY}:
         raise StreamError(f"message type {header.flags & TYPE_MASK}")

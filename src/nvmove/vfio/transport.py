@@ -2,14 +2,10 @@
 
 A second client that connects while one is served waits in the socket's backlog, unanswered, until the first has gone: a
 new QEMU may start while the old one is still closing. QEMU itself gives up after 5 s.
-
-Messages are read exactly, header then payload, so descriptors that arrive belong to the message being read. The kernel
-closes those that come with a payload, or beyond `MAX_MSG_FDS`.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import errno
 import logging
@@ -22,6 +18,7 @@ from pathlib import Path
 
 from nvmove.vfio import message
 from nvmove.vfio.device import Device
+from nvmove.vfio.receive import PlainReceiver, Receiver
 from nvmove.vfio.session import Session
 
 log = logging.getLogger(__name__)
@@ -30,7 +27,6 @@ _MAX_PATH = 107
 """Bytes of a Unix socket's path (sun_path without its NUL, unix(7))."""
 _CLOSE_TIMEOUT = 10
 """Seconds that `Server.close` waits for I/O that a back end does not finish."""
-_ANCILLARY_SIZE = socket.CMSG_SPACE(message.MAX_MSG_FDS * array.array("i").itemsize)
 
 
 class ListenError(Exception):
@@ -40,8 +36,9 @@ class ListenError(Exception):
 class Connection:
     """One client. `serve` runs on the control thread; `send` and `shutdown` may be called from any thread."""
 
-    def __init__(self, sock: socket.socket, device: Device) -> None:
+    def __init__(self, sock: socket.socket, device: Device, receiver: Receiver | None = None) -> None:
         self._socket = sock
+        self._receiver = receiver or PlainReceiver()
         self._send_lock = threading.Lock()
         self._buffer = memoryview(bytearray(message.MAX_MESSAGE_SIZE))
         self._session = Session(device, self.send)
@@ -75,44 +72,26 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _serve_one(self) -> bool:
-        fds: list[int] = []
+        fds = self._receiver.receive(self._socket, self._buffer)
+        if fds is None:
+            return False
         try:
-            if not self._receive(self._buffer[: message.HEADER_SIZE], fds):
-                return False
             header = message.parse_header(self._buffer[: message.HEADER_SIZE])
-            payload = self._buffer[: header.size - message.HEADER_SIZE]
-            if not self._receive(payload, None):
-                return False
-            taken, fds = fds, []
-            self._session.handle(header, payload, taken)
-        finally:
+        except message.StreamError:
             for fd in fds:
                 os.close(fd)
-        return True
-
-    def _receive(self, buffer: memoryview, fds: list[int] | None) -> bool:
-        """Fill `buffer`; False when the stream ends first. Descriptors go into `fds`."""
-        done = 0
-        while done < len(buffer):
-            if fds is None:
-                count = self._socket.recv_into(buffer[done:])
-            else:
-                count, ancillary, _, _ = self._socket.recvmsg_into(
-                    [buffer[done:]], _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
-                )
-                fds.extend(_descriptors(ancillary))
-            if not count:
-                return False
-            done += count
+            raise
+        self._session.handle(header, self._buffer[message.HEADER_SIZE : header.size], fds)
         return True
 
 
 class Server:
     """Listens at `path` and serves `device` there on its control thread, from `start` to `close`."""
 
-    def __init__(self, path: Path, device: Device) -> None:
+    def __init__(self, path: Path, device: Device, receiver: Receiver | None = None) -> None:
         self._path = path
         self._device = device
+        self._receiver = receiver
         self._listener: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="vfio-user", daemon=True)
         self._lock = threading.Lock()
@@ -153,7 +132,7 @@ class Server:
                 log.error("vfio-user: accept: %s", error.strerror)
                 threading.Event().wait(0.1)
                 continue
-            connection = Connection(sock, self._device)
+            connection = Connection(sock, self._device, self._receiver)
             with self._lock:
                 if self._closed:
                     sock.close()
@@ -163,14 +142,6 @@ class Server:
             connection.serve()
             with self._lock:
                 self._connection = None
-
-
-def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return fds.tolist()
 
 
 def _listen(path: Path) -> socket.socket:
