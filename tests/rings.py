@@ -77,6 +77,10 @@ class LentRam(Ram):
         self.data = mmap.mmap(-1, size)  # type: ignore[assignment]  # begins on a page, as O_DIRECT wants it
         self.revokes: list[Callable[[], None]] = []
         self.lends = True
+        self.marks = False
+
+    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
+        raise AssertionError("nothing is to be marked")
 
     def lend(self, revoke: Callable[[], None]) -> LentRam | None:
         if not self.lends:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import queue
 import random
 import threading
 import uuid
@@ -27,6 +28,7 @@ from nvmove.lab.machine import Machine
 from nvmove.lab.migration import ENDED, Traveller, wait_run_state, wait_status
 from nvmove.lab.sysroot import Sysroot
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
+from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
 from nvmove.vm.pciaddress import find
 from nvmove.vm.replay import read_msix_table, replay
@@ -37,6 +39,8 @@ T = TypeVar("T")
 MIB = 1 << 20
 DISK = 48 * MIB
 RAM = "512M"
+LOW, NOWHERE = 0x600, 1 << 45
+"""Memory that Linux leaves to the firmware, and none."""
 UNMARKED, MARKED = "unmarked", "marked"
 
 
@@ -139,6 +143,14 @@ def migrate(source: Side, target: Side, socket: Path, meanwhile: Callable[[], No
     return report
 
 
+def write_soon(device: NvmeDevice, *addresses: int) -> DmaError | None:
+    """Write a byte to each by messages of which the last one only asks for a reply; return what came of them."""
+    results: queue.SimpleQueue[DmaError | None] = queue.SimpleQueue()
+    assert device._client is not None
+    device._client.dma_write_soon([(address, b"\0") for address in addresses], results.put)
+    return results.get(timeout=60)
+
+
 @contextmanager
 def pair(tree: Sysroot, work: Path, image: Path) -> Iterator[tuple[Side, Side]]:
     """A running Linux with the image as its disk, and a QEMU that waits for it."""
@@ -166,13 +178,18 @@ def test_a_page_cache_filled_by_dma_during_pre_copy_arrives(tree: Sysroot, work:
     image.write_bytes(content)
     with pair(tree, work, image) as (source, target):
         console = source.machine.console
+        # One reply stands for all the messages of a batch, because QEMU tells what it refuses all the same.
+        assert write_soon(source.device, LOW, LOW, LOW) is None
+        assert "refused DMA_WRITE" in str(write_soon(source.device, LOW, NOWHERE, LOW))
         # Pre-copy must not end before the guest has read its disk: memory that becomes dirty all the time.
         console.check("dd if=/dev/zero of=/tmp/busy bs=1M count=64; (while :; do "
                       "dd if=/dev/zero of=/tmp/busy bs=1M count=64 conv=notrunc; done >/dev/null 2>&1 &)")  # fmt: skip
 
         def fill() -> None:
             console.check("(exec 3</dev/nvme0n1; sleep 1000) & true")  # or the cache goes with the last close
-            console.check("dd if=/dev/nvme0n1 of=/dev/null bs=1M")
+            # In small pieces: Linux reads large ones by SGL, and those are never the compiled loop's.
+            console.check("echo 16 >/sys/block/nvme0n1/queue/read_ahead_kb")
+            console.check("dd if=/dev/nvme0n1 of=/dev/null bs=16k")
 
         report = migrate(source, target, work / "migration", fill, mode == MARKED)
         console = target.machine.console

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Iterable
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from tests.precopy import PreCopy
 
-from nvmove.nvme.seams import DmaError, Segment
+from nvmove.nvme.seams import Segment
 from nvmove.vfio.dirty import PAGE
 from nvmove.vfio.memory import GuestMemory, MemoryTransfer
-from nvmove.vfio.message import Buffer
 
 PAGES = 12
 ADDRESS = st.integers(0, PAGES * PAGE - 1)
@@ -21,52 +19,12 @@ LENGTH = st.one_of(st.integers(1, 64), st.integers(1, 3 * PAGE))
 BYTE = st.integers(0, 255)
 
 
-class Qemu:
-    """Pre-copy: `dirty` pages are still to be copied to `target`. Only DMA_WRITE and the guest make pages dirty."""
-
-    def __init__(self) -> None:
-        fd = os.memfd_create("ram")
-        os.ftruncate(fd, PAGES * PAGE)
-        self.ram = mmap.mmap(fd, PAGES * PAGE)
-        self.fd = fd  # the device takes it over
-        self.fd_kept = os.dup(fd)
-        self.target = bytearray(PAGES * PAGE)
-        self.dirty = set(range(PAGES))
-        self.refuses = False
-        self.guest_stores: dict[int, int] = {}
-        """What the guest stores just before each message arrives."""
-
-    def dma_read(self, address: int, length: int) -> bytes:
-        raise AssertionError("all memory is mapped")
-
-    def dma_write(self, address: int, data: Buffer) -> None:
-        self.dma_write_all([(address, data)])
-
-    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
-        for address, data in runs:
-            if self.refuses:
-                raise DmaError("refused")
-            for at, byte in self.guest_stores.items():
-                self.store(at, byte)
-            self.ram[address : address + len(data)] = bytes(data)
-            self.dirty.update(range(address // PAGE, (address + len(data) - 1) // PAGE + 1))
-
-    def store(self, at: int, byte: int) -> None:
-        self.ram[at] = byte
-        self.dirty.add(at // PAGE)
-
-    def copy(self, page: int) -> None:
-        if page in self.dirty:
-            self.dirty.discard(page)
-            self.target[page * PAGE : (page + 1) * PAGE] = self.ram[page * PAGE : (page + 1) * PAGE]
-
-
 class Migration(RuleBasedStateMachine):
     """A device at work while QEMU copies its guest's memory."""
 
     @initialize()
     def begin(self) -> None:
-        self.qemu = Qemu()
+        self.qemu = PreCopy(PAGES)
         self.memory = GuestMemory()
         self.memory.client = self.qemu
         self.memory.map(0, PAGES * PAGE, self.qemu.fd, 0, True, True)
@@ -150,7 +108,6 @@ class Migration(RuleBasedStateMachine):
             self.qemu.copy(page)
         assert self.qemu.target == self.qemu.ram[:]
         self.memory.unmap_all(lambda _errno: None)
-        os.close(self.qemu.fd_kept)
 
 
 Migration.TestCase.settings = settings(

@@ -284,6 +284,15 @@ class Hung:
     def failed(self) -> list[FailedCommand]:
         return []
 
+    def marking(self) -> list[tuple[int, bytes]]:
+        return []
+
+    def take_marks(self) -> list[tuple[int, int]]:
+        return []
+
+    def marked(self) -> None:
+        pass
+
     def revoke(self) -> None:
         self.is_revoked = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 
@@ -97,3 +98,74 @@ def test_a_refusal_fails_what_waits_and_costs_nothing_afterwards(count: int) -> 
         while channel._exchanges:  # late answers are taken too
             client.config(0, 4)
         assert channel._unread == 0
+
+
+def soon(channel: DmaChannel, runs: list[tuple[int, bytes]]) -> queue.SimpleQueue[DmaError | None]:
+    """Write without waiting; what `done` is called with comes into the queue."""
+    results: queue.SimpleQueue[DmaError | None] = queue.SimpleQueue()
+    channel.dma_write_soon(runs, results.put)
+    return results
+
+
+def test_one_answer_stands_for_all_writes_of_a_call() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        ram = client.map_ram(0, 64 * PAGE, shared=False)
+        client.answers_dma = False
+        results = soon(channel_of(device), [(n * PAGE, b"x") for n in range(40)])
+        while len(client.unanswered) < 40:
+            client.config(0, 4)
+        assert [header.wants_reply for header, _ in client.unanswered] == [False] * 39 + [True]
+        assert results.empty()
+        client.answer_dma()
+        assert results.get(timeout=20) is None
+        assert [ram.view[n * PAGE] for n in range(40)] == [ord("x")] * 40
+        assert channel_of(device)._exchanges == {}
+        assert channel_of(device)._unread == 0
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_write_that_is_refused_is_told_though_no_reply_was_wanted(bad: int) -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        client.map_ram(0, PAGE, shared=False)
+        runs = [(n, b"x") for n in range(3)]
+        runs[bad] = (1 << 40, b"x")
+        failure = soon(channel_of(device), runs).get(timeout=20)
+        assert "refused DMA_WRITE" in str(failure)
+        assert channel_of(device)._exchanges == {}
+
+
+def test_calls_that_do_not_wait_take_their_turns_when_there_is_room() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        ram = client.map_ram(0, 64 * PAGE, shared=False)
+        client.answers_dma = False
+        calls = [soon(channel_of(device), [(n * PAGE, b"y") for n in range(40)]) for _ in range(5)]
+        while not client.unanswered:
+            client.config(0, 4)
+        assert len(client.unanswered) <= 64
+        client.answer_dma()
+        assert [results.get(timeout=20) for results in calls] == [None] * 5
+        assert ram.view[39 * PAGE] == ord("y")
+
+
+def test_a_refusal_ends_calls_that_do_not_wait_sent_or_not() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        client.map_ram(0, PAGE, shared=False)
+        channel = channel_of(device)
+        client.answers_dma = False
+        calls = [soon(channel, [(0, b"x")] * 40) for _ in range(3)]
+        channel.refuse("for a while")
+        calls.append(soon(channel, [(0, b"x")]))
+        assert [str(results.get(timeout=20)) for results in calls] == ["for a while"] * 4
+        channel.admit()
+        client.answer_dma()
+        assert soon(channel, [(0, b"z")]).get(timeout=20) is None
+
+
+def test_nothing_to_write_soon_is_done_at_once() -> None:
+    device = PlainDevice()
+    with connected(device):
+        assert soon(channel_of(device), []).get(timeout=0) is None

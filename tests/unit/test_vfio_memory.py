@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
@@ -39,6 +39,14 @@ class FakeClient:
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         for address, data in runs:
             self.dma_write(address, data)
+
+    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+        try:
+            self.dma_write_all(runs)
+        except DmaError as error:
+            done(error)
+        else:
+            done(None)
 
 
 def add(

@@ -76,7 +76,8 @@ def run_lent(ring: loop.Ring, lender: Lender, sqid: int, *, may_wait: bool = Tru
 
     That is so only without `may_wait`: with it, the loop waits then.
     """
-    reason = ring.run(may_wait)
+    while (reason := ring.run(may_wait)) == loop.MARK:
+        lender.mark(ring)
     if reason == loop.IDLE:
         return True
     if reason != loop.GONE:  # who took it has ended the lease

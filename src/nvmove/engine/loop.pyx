@@ -19,6 +19,11 @@ cdef extern from "ring.h" nogil:
         uint8_t *base
         uint32_t readable
         uint32_t writable
+        uint8_t *written
+
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
 
     int RING_KINDS
 
@@ -46,6 +51,9 @@ cdef extern from "ring.h" nogil:
         uint32_t order
         uint32_t failed
         int32_t error
+        uint32_t count
+        iovec *iovecs
+        uint64_t *addresses
 
     cdef struct ring_doorbell:
         uint32_t seen
@@ -55,6 +63,7 @@ cdef extern from "ring.h" nogil:
         uint32_t *cell
         uint32_t *event
         uint32_t always
+        uint8_t *written
 
     cdef enum ring_state:
         RING_AWAY
@@ -67,6 +76,7 @@ cdef extern from "ring.h" nogil:
         RING_REVOKED
         RING_GONE
         RING_ODD
+        RING_MARK
 
     cdef struct c_ring "ring":
         uint64_t sq_address
@@ -78,6 +88,8 @@ cdef extern from "ring.h" nogil:
         uint16_t sqid
         uint8_t durable
         uint8_t interrupt
+        uint8_t tracks
+        uint8_t marks
         ring_region *regions
         uint32_t region_count
         ring_disk *disks
@@ -92,6 +104,8 @@ cdef extern from "ring.h" nogil:
         uint32_t executing
         ring_slot *slots
         uint32_t in_flight
+        uint32_t *marking
+        uint32_t marking_count
         uint64_t doorbells
         uint32_t state
         uint32_t stop
@@ -102,6 +116,7 @@ cdef extern from "ring.h" nogil:
     int ring_init(c_ring *ring)
     void ring_destroy(c_ring *ring)
     int ring_open_disks(c_ring *ring)
+    int ring_make_slots(c_ring *ring)
     int ring_begin(c_ring *ring)
     int ring_set_tail(c_ring *ring, uint32_t tail)
     int ring_set_head(c_ring *ring, uint32_t head)
@@ -109,6 +124,8 @@ cdef extern from "ring.h" nogil:
     int ring_take(c_ring *ring)
     void ring_kick(c_ring *ring)
     void ring_mute(c_ring *ring)
+    void ring_marked(c_ring *ring)
+    void ring_take_marks(c_ring *ring)
     int RING_SLOTS
     ring_reason ring_run(c_ring *ring, int may_wait)
     void ring_wait(c_ring *ring)
@@ -129,6 +146,7 @@ IDLE = RING_IDLE
 REVOKED = RING_REVOKED
 GONE = RING_GONE
 ODD = RING_ODD
+MARK = RING_MARK
 
 
 cdef void *address(view) except NULL:
@@ -143,11 +161,14 @@ cdef int set_up(ring_doorbell *bell, uint32_t position, lent) except -1:
     bell.seen = bell.told = position
     bell.late = bell.untouched = 0
     bell.cell = bell.event = NULL
+    bell.written = NULL
     if lent is None:
         return 0
     bell.cell = <uint32_t *>address(lent.cell)
     bell.event = <uint32_t *>address(lent.event)
     bell.always = lent.always
+    if lent.written is not None:
+        bell.written = <uint8_t *>address(lent.written)
     if lent.untouched is not None:
         bell.late, bell.untouched = 1, lent.untouched
     return 0
@@ -220,6 +241,8 @@ cdef class Ring:
         """Take the queue pair over as `terms` say; False where that cannot be."""
         if any(disk.alignment > 1 for disk in terms.disks.values()) and ring_open_disks(&self.ring):
             return False
+        if terms.marks and ring_make_slots(&self.ring):
+            return False
         self._take_memory(terms.memory)
         self._take_disks(terms.disks)
         self.terms = terms
@@ -229,7 +252,7 @@ cdef class Ring:
         ring.cq_address, ring.cq_size = terms.cq_address, terms.cq_size
         ring.page_shift = terms.page_size.bit_length() - 1
         ring.max_transfer = terms.max_transfer
-        ring.durable = terms.durable
+        ring.durable, ring.marks = terms.durable, terms.marks
         ring.sq_head, ring.cq_tail, ring.phase = terms.sq_head, terms.cq_tail, terms.cq_phase
         set_up(&ring.tail, terms.sq_tail, terms.tail)
         set_up(&ring.head, terms.cq_head, terms.head)
@@ -256,11 +279,14 @@ cdef class Ring:
         if regions == NULL:
             raise MemoryError
         PyMem_Free(self.ring.regions)
-        self.ring.regions, self.ring.region_count = regions, 0
+        self.ring.regions, self.ring.region_count, self.ring.tracks = regions, 0, 0
         for region in memory:
             regions.start, regions.end = region.start, region.start + len(region.view)
             regions.base = <uint8_t *>address(region.view)
             regions.readable, regions.writable = region.readable, region.writable
+            if region.written is not None:
+                regions.written = <uint8_t *>address(region.written)
+                self.ring.tracks = 1
             regions += 1
             self.ring.region_count += 1
 
@@ -340,6 +366,14 @@ cdef class Ring:
                 found.append(FailedCommand(slot.order, <bytes>(<char *>slot.sqe)[:64], slot.error))
         return found
 
+    def marking(self):
+        """Return the reads that are being marked, which are not completed: which since `lend`, and their SQEs."""
+        found = []
+        for index in range(self.ring.marking_count):
+            slot = &self.ring.slots[self.ring.marking[index]]
+            found.append((slot.order, <bytes>(<char *>slot.sqe)[:64]))
+        return found
+
     @property
     def owed(self):
         """Whether an interrupt was to be sent and could not be."""
@@ -356,6 +390,10 @@ cdef class Ring:
         with nogil:
             ring_mute(&self.ring)
 
+    def marked(self):
+        """What `take_marks` returned is marked."""
+        ring_marked(&self.ring)
+
     def kick(self):
         """End a `wait`, this one or the next."""
         ring_kick(&self.ring)
@@ -368,6 +406,16 @@ cdef class Ring:
         with nogil:
             reason = ring_run(&self.ring, may_wait)
         return reason
+
+    def take_marks(self):
+        """Return what is to be marked before its reads complete, as (guest address, length in bytes)."""
+        ring_take_marks(&self.ring)
+        runs = []
+        for index in range(self.ring.marking_count):
+            slot = &self.ring.slots[self.ring.marking[index]]
+            for run in range(slot.count):
+                runs.append((slot.addresses[run], slot.iovecs[run].iov_len))
+        return runs
 
     def wait(self):
         """Wait for a kick."""

@@ -37,6 +37,31 @@ void *region_at(struct ring *ring, uint64_t address, uint64_t length, int for_wr
     return region->base + (address - region->start);
 }
 
+uint8_t *written_at(struct ring *ring, uint64_t address)
+{
+    struct ring_region *region = find(ring, address);
+
+    if (!region || !region->written)
+        return NULL;
+    return region->written + (address / DIRTY_PAGE - region->start / DIRTY_PAGE);
+}
+
+void note_written(struct ring *ring, uint64_t address, uint64_t length)
+{
+    uint64_t end = address + length;
+
+    while (address < end) {
+        uint64_t next = (address / DIRTY_PAGE + 1) * DIRTY_PAGE;
+        struct ring_region *region = find(ring, address);
+        uint8_t *written = written_at(ring, address);
+
+        /* A plain store, also where it is set: whoever has just cleared it looks at memory after that. */
+        if (written)
+            __atomic_store_n(written, 1, __ATOMIC_RELEASE);
+        address = region && region->end < next ? region->end : next; /* a page may be of two regions */
+    }
+}
+
 /* Add a run of guest memory behind `count` iovecs; return how many there are then, or 0. */
 static int add(struct ring *ring, int count, uint64_t address, uint64_t length, int for_writing)
 {
@@ -50,13 +75,15 @@ static int add(struct ring *ring, int count, uint64_t address, uint64_t length, 
             return 0;
         part = region->end - address < length ? region->end - address : length;
         base = region->base + (address - region->start);
-        if (last && (uint8_t *)last->iov_base + last->iov_len == base) {
+        if (last && (uint8_t *)last->iov_base + last->iov_len == base &&
+            ring->addresses[count - 1] + last->iov_len == address) {
             last->iov_len += part;
         } else {
             if (count == RING_IOVECS)
                 return 0;
             ring->iovecs[count].iov_base = base;
             ring->iovecs[count].iov_len = part;
+            ring->addresses[count] = address;
             count++;
         }
         address += part;

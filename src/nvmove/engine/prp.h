@@ -7,7 +7,14 @@
 /* Where `length` bytes at a guest address are, if all of them are in one region; NULL otherwise. */
 void *region_at(struct ring *ring, uint64_t address, uint64_t length, int for_writing);
 
-/* Resolve a data pointer of `length` bytes into ring->iovecs; return how many, or 0: it is wrong, or too scattered. */
+/* Note that a run of guest memory was written, if anybody wants to know: after the data is in place, so that who asks
+ * later finds both, and before the guest is told. */
+void note_written(struct ring *ring, uint64_t address, uint64_t length);
+
+/* Where that is noted for the page of an address; NULL: nobody wants to know. */
+uint8_t *written_at(struct ring *ring, uint64_t address);
+
+/* Resolve a data pointer of `length` bytes into ring->iovecs and addresses; return how many, or 0: it is wrong, or too scattered. */
 int prp_resolve(struct ring *ring, uint64_t prp1, uint64_t prp2, uint64_t length, int for_writing);
 
 #endif

@@ -86,26 +86,26 @@ void ring_destroy(struct ring *ring)
 /* Make what commands need that a disk takes its time for; return 0 or an errno. */
 int ring_open_disks(struct ring *ring)
 {
-    int error;
+    int error = ring_make_slots(ring);
 
-    if (ring->slots)
-        return 0;
-    error = uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
-    if (error)
+    if (error || ring->uring.fd >= 0)
         return error;
-    ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
-    if (!ring->slots) {
-        uring_close(&ring->uring);
-        return ENOMEM;
-    }
-    return 0;
+    return uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
+}
+
+/* Make what commands want that are not done at once; return 0 or an errno. */
+int ring_make_slots(struct ring *ring)
+{
+    if (!ring->slots)
+        ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
+    return ring->slots ? 0 : ENOMEM;
 }
 
 /* Set the loop's own fields up for a lease; 0: the completion queue is not in guest memory. */
 int ring_begin(struct ring *ring)
 {
     ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
-    ring->in_flight = ring->failed = 0;
+    ring->in_flight = ring->failed = ring->unmarked_count = ring->marking_count = ring->marked = 0;
     for (uint32_t i = 0; i < RING_SLOTS; i++) {
         ring->free_slots[i] = i;
         if (ring->slots)
@@ -113,6 +113,7 @@ int ring_begin(struct ring *ring)
     }
     ring->free_count = RING_SLOTS;
     ring->completions = region_at(ring, ring->cq_address, (uint64_t)ring->cq_size * CQE_SIZE, 1);
+    ring->completions_written = written_at(ring, ring->cq_address);
     return ring->completions != NULL;
 }
 
@@ -171,6 +172,13 @@ void ring_wait(struct ring *ring)
 void ring_revoke(struct ring *ring)
 {
     store_strict(ring->stop, 1);
+    wake(ring);
+}
+
+/* What `ring_take_marks` took is marked. */
+void ring_marked(struct ring *ring)
+{
+    store_strict(ring->marked, 1);
     wake(ring);
 }
 
@@ -243,15 +251,22 @@ static int look_at_both(struct ring *ring)
            look(&ring->head, ring->cq_size, distance(ring->head.seen, ring->cq_tail, ring->cq_size));
 }
 
+static void say(struct ring_doorbell *bell, uint32_t seen)
+{
+    store_strict(*bell->event, seen);
+    if (bell->written)
+        store(*bell->written, 1);
+}
+
 /* Let the host ring from its next step on; whether it did one before that took effect, a look must show. */
 static void arm(struct ring *ring)
 {
     uint32_t used = distance(ring->head.seen, ring->cq_tail, ring->cq_size);
 
     if (ring->tail.event)
-        store_strict(*ring->tail.event, ring->tail.seen);
+        say(&ring->tail, ring->tail.seen);
     if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
-        store_strict(*ring->head.event, ring->head.seen);
+        say(&ring->head, ring->head.seen);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
@@ -265,7 +280,7 @@ static int is_page(const struct ring *ring)
 static void disarm(struct ring *ring)
 {
     if (ring->tail.event && !is_page(ring))
-        store(*ring->tail.event, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
+        say(&ring->tail, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
 }
 
 /* --- interrupts -------------------------------------------------------------------------------------------------- */
@@ -347,6 +362,12 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
     return 1;
 }
 
+static void note_all(struct ring *ring, const uint64_t *addresses, const struct iovec *iovecs, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        note_written(ring, addresses[i], iovecs[i].iov_len);
+}
+
 /* Run a command to its success, or start it. */
 static enum outcome execute(struct ring *ring, const struct sqe *sqe)
 {
@@ -369,19 +390,31 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
     if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
         return FOR_PYTHON;
     count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
-    if (count <= 0)
+    if (count <= 0 || (is_read && ring->marks && count > MARK_RUNS))
         return FOR_PYTHON;
     is_durable = !is_read && must_be_durable(ring, sqe, disk);
     if (disk->fd >= 0 && (disk->alignment > 1 || is_durable))
         return start(ring, sqe, disk, count, length, is_durable) ? STARTED : FOR_PYTHON;
     if (disk->fd >= 0) {
-        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length)
+        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length) {
+            if (is_read && ring->tracks) /* some of it may be there */
+                note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
             return FOR_PYTHON;
+        }
     } else if (is_read && disk->zeroes) {
         for (int i = 0; i < count; i++)
             memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
     }
     ring_count(disk, is_read ? KIND_READ : KIND_WRITE, 1, length);
+    if (is_read && ring->marks) {
+        struct ring_slot *slot = slot_keep(ring, sqe, disk);
+
+        slot_data(ring, slot, (uint32_t)count, length);
+        ring->unmarked[ring->unmarked_count++] = (uint32_t)(slot - ring->slots);
+        return STARTED;
+    }
+    if (is_read && ring->tracks)
+        note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
     return DONE;
 }
 
@@ -398,7 +431,7 @@ static void advance(struct ring *ring)
 static void post(struct ring *ring, uint16_t cid)
 {
     struct cqe *entry = (struct cqe *)(ring->completions + (uint64_t)ring->cq_tail * CQE_SIZE);
-    uint32_t phase = ring->phase, next = ring->cq_tail + 1;
+    uint32_t phase = ring->phase, at = ring->cq_tail, next = at + 1;
 
     if (next == ring->cq_size) {
         next = 0;
@@ -409,7 +442,67 @@ static void post(struct ring *ring, uint16_t cid)
     entry->sq_head = (uint16_t)ring->sq_head;
     entry->sqid = ring->sqid;
     store(entry->cid_and_status, cid | phase << 16);
+    if (ring->completions_written) /* no completion waits for this one: it is found when the loop has stopped */
+        store(ring->completions_written[(ring->cq_address % DIRTY_PAGE + (uint64_t)at * CQE_SIZE) / DIRTY_PAGE], 1);
     ring->unsignalled++;
+}
+
+static void post_slot(struct ring *ring, uint32_t index)
+{
+    struct sqe sqe;
+
+    memcpy(&sqe, ring->slots[index].sqe, sizeof sqe);
+    ring->free_slots[ring->free_count++] = index;
+    store(ring->in_flight, ring->in_flight - 1);
+    post(ring, sqe.cid);
+}
+
+/* --- reads that wait to be marked dirty -------------------------------------------------------------------------- */
+
+void ring_take_marks(struct ring *ring)
+{
+    uint32_t taken = 0, runs = 0;
+
+    while (taken < ring->unmarked_count) {
+        runs += ring->slots[ring->unmarked[taken]].count;
+        if (taken && runs > MARK_RUNS)
+            break;
+        ring->marking[taken] = ring->unmarked[taken];
+        taken++;
+    }
+    ring->unmarked_count -= taken;
+    memmove(ring->unmarked, ring->unmarked + taken, ring->unmarked_count * sizeof *ring->unmarked);
+    store(ring->marked, 0);
+    ring->marking_count = taken;
+}
+
+/* Whether it is time to mark: one batch at a time, as large as it gets, since its answer takes long. */
+static int has_marks(const struct ring *ring, int is_idle)
+{
+    int is_full = ring->unmarked_count >= MARK_READS;
+
+    return ring->unmarked_count && !ring->marking_count && (is_idle || is_full || ring->failed);
+}
+
+static void post_marked(struct ring *ring)
+{
+    if (!ring->marking_count || !load_strict(ring->marked))
+        return;
+    for (uint32_t i = 0; i < ring->marking_count; i++)
+        post_slot(ring, ring->marking[i]);
+    ring->marking_count = 0;
+}
+
+/* The pair is wanted back: what nobody has begun to mark is noted instead, and complete. */
+static void give_up_marks(struct ring *ring)
+{
+    for (uint32_t i = 0; i < ring->unmarked_count; i++) {
+        const struct ring_slot *slot = &ring->slots[ring->unmarked[i]];
+
+        note_all(ring, slot->addresses, slot->iovecs, slot->count);
+        post_slot(ring, ring->unmarked[i]);
+    }
+    ring->unmarked_count = 0;
 }
 
 /* Take what has ended at disks that take their time, and go on where there is more to do: successes are posted, the rest is
@@ -422,8 +515,7 @@ static int collect(struct ring *ring)
 
     while (uring_reap(&ring->uring, &index, &result)) {
         struct ring_slot *slot;
-        struct sqe sqe;
-        int is_done;
+        int is_read, is_done;
 
         if (index == URING_WAKE) {
             clear_wake(ring);
@@ -431,16 +523,22 @@ static int collect(struct ring *ring)
         }
         was_any = 1;
         slot = &ring->slots[index];
+        is_read = slot->sqe[0] == OPCODE_READ;
         is_done = result >= 0 && (uint64_t)result == slot->length;
         if (is_done && slot_next(ring, slot))
             continue;
-        memcpy(&sqe, slot->sqe, sizeof sqe);
-        store(ring->in_flight, ring->in_flight - 1);
-        if (is_done) {
+        if (is_done)
             slot_count(ring, slot);
-            ring->free_slots[ring->free_count++] = (uint32_t)index;
-            post(ring, sqe.cid);
+        if (is_done && is_read && ring->marks) {
+            ring->unmarked[ring->unmarked_count++] = (uint32_t)index;
+            continue;
+        }
+        if (is_read && ring->tracks) /* of one that failed some may be there */
+            note_all(ring, slot->addresses, slot->iovecs, slot->count);
+        if (is_done) {
+            post_slot(ring, (uint32_t)index);
         } else {
+            store(ring->in_flight, ring->in_flight - 1);
             slot_fail(ring, slot, result);
         }
     }
@@ -509,6 +607,11 @@ static void relax(void)
 #endif
 }
 
+static uint32_t at_disks(const struct ring *ring)
+{
+    return ring->in_flight - ring->unmarked_count - ring->marking_count;
+}
+
 /* Look for work for a while; return whether there is some. Where that is in vain it is tried seldom: how soon the next
  * command would have come cannot be known from a sleep, which itself takes long to end. */
 static int spin(struct ring *ring)
@@ -533,7 +636,7 @@ static int spin(struct ring *ring)
             sched_yield();
         for (int i = 0; i < 64; i++) {
             if (load_strict(ring->stop) || !look_at_both(ring) || available(ring) ||
-                (ring->in_flight && uring_has_ended(&ring->uring))) {
+                (at_disks(ring) && uring_has_ended(&ring->uring))) {
                 ring->misses = 0;
                 return 1;
             }
@@ -557,12 +660,20 @@ static int sleep_well(struct ring *ring)
     return __atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
-/* Start what is prepared and wait for a command at a disk to end, or, unless `is_ending`, for the host. The pair cannot
+/* Start what is prepared, and wait for a command at a disk to end, for what is being marked, or, unless `is_ending`, for the host. The pair cannot
  * be taken meanwhile. */
-static void wait_for_disks(struct ring *ring, int is_ending)
+static void wait_for_flight(struct ring *ring, int is_ending)
 {
+    int is_stopped, has_news, waits;
+
     store_strict(ring->dozing, 1);
-    submit(ring, !uring_has_ended(&ring->uring) && (is_ending || (!load_strict(ring->rung) && !load_strict(ring->stop))));
+    is_stopped = (int)load_strict(ring->stop);
+    has_news = (at_disks(ring) && uring_has_ended(&ring->uring)) || (ring->marking_count && load_strict(ring->marked));
+    waits = !has_news && (is_ending ? !is_stopped || at_disks(ring) : !is_stopped && !load_strict(ring->rung));
+    if (at_disks(ring))
+        submit(ring, waits);
+    else if (waits)
+        doze(ring);
     store_strict(ring->dozing, 0);
     disarm(ring);
 }
@@ -581,8 +692,9 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         uint32_t count = 0, prepared = ring->uring.pending;
 
         store_strict(ring->rung, 0);
-        if (ring->in_flight && collect(ring))
+        if (at_disks(ring) && collect(ring))
             was_busy = 1;
+        post_marked(ring);
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
@@ -591,25 +703,34 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         }
         if (prepared) /* what is prepared now starts with the next wait, or after one more batch */
             submit(ring, 0);
+        if (load_strict(ring->stop))
+            give_up_marks(ring);
         announce(ring);
+        if (has_marks(ring, !count || is_odd)) {
+            submit(ring, 0);
+            return RING_MARK;
+        }
         if (is_odd || ring->failed || load_strict(ring->stop)) {
-            if (!ring->in_flight)
+            /* Whoever wants the pair back does not wait for what is being marked: Python completes that. */
+            if (!ring->in_flight || (load_strict(ring->stop) && ring->in_flight == ring->marking_count))
                 return is_odd || ring->failed ? RING_ODD : RING_REVOKED;
-            wait_for_disks(ring, 1);
+            wait_for_flight(ring, 1);
             continue;
         }
         if (count) {
             was_busy = 1;
             continue;
         }
-        if (may_wait && was_busy && spin(ring))
+        if (may_wait && was_busy && !ring->marking_count && spin(ring))
             continue;
         was_busy = 0;
         arm(ring);
         if (!look_at_both(ring) || available(ring))
             continue;
         if (ring->in_flight) {
-            wait_for_disks(ring, 0);
+            if (!may_wait && !at_disks(ring))
+                return RING_IDLE;
+            wait_for_flight(ring, 0);
             continue;
         }
         store_strict(ring->state, RING_ASLEEP);

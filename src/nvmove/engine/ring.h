@@ -22,12 +22,16 @@
 #define RING_SLOTS 128   /* commands at the disk at a time */
 #define SLOT_IOVECS 264  /* of one of those: 1 MiB in pages, and some */
 #define SLOT_RANGES 256  /* or ranges: what a Deallocate has */
+#define MARK_RUNS 48     /* runs of memory marked dirty at a time: each may be a message */
+#define MARK_READS 32    /* so many reads wait for no more */
+#define DIRTY_PAGE 4096  /* the granularity of what was written */
 
 /* A run of guest memory [start, end), here at `base`. */
 struct ring_region {
     uint64_t start, end;
     uint8_t *base;
     uint32_t readable, writable;
+    uint8_t *written; /* a byte for each page that it touches, 1: written; NULL: nobody wants to know */
 };
 
 /* What is counted, in the order of nvmove.block.backend.Operation. */
@@ -58,7 +62,7 @@ struct ring_range {
     uint64_t offset, length;
 };
 
-/* A command at the disk, or one that came back from there with an error. */
+/* A command at the disk, one that came back from there with an error, or a read whose pages are to be marked dirty. */
 struct ring_slot {
     uint8_t sqe[64];
     uint32_t order; /* which since the ring was lent */
@@ -66,6 +70,7 @@ struct ring_slot {
     int32_t error; /* of one that failed: an errno that the disk tells only once; 0: it can be asked again */
     int32_t fd;
     uint64_t length; /* of the data */
+    uint32_t count;  /* of its iovecs */
     uint32_t range, range_count; /* those begun, and all, to be done one after the other by fallocate's `mode` */
     int32_t mode;
     uint8_t is_direct;
@@ -75,6 +80,7 @@ struct ring_slot {
         struct iovec iovecs[SLOT_IOVECS];
         struct ring_range ranges[SLOT_RANGES];
     };
+    uint64_t addresses[SLOT_IOVECS]; /* the guest's, of reads that are tracked */
 };
 
 /* Where the values of a doorbell come from: `told`, by the control thread, or a cell in memory that the host writes. */
@@ -86,6 +92,7 @@ struct ring_doorbell {
     uint32_t *cell;    /* or NULL */
     uint32_t *event;   /* with a cell: where the loop says how far it has looked before it sleeps */
     uint32_t always;   /* at every sleep; otherwise only when the loop waits for this doorbell */
+    uint8_t *written;  /* as of a region, for the page of `event` */
 };
 
 enum ring_state {
@@ -101,6 +108,7 @@ enum ring_reason {
     RING_REVOKED, /* it was asked to: to be given back */
     RING_GONE,    /* it was taken back while asleep */
     RING_ODD,     /* the command at the head, or one that failed, is for Python; or a doorbell in memory cannot be */
+    RING_MARK,    /* reads are to be marked dirty: `ring_take_marks`, and then come back here at once */
 };
 
 struct ring {
@@ -110,6 +118,8 @@ struct ring {
     uint16_t sqid;
     uint8_t durable;   /* writes must be on stable storage when they complete */
     uint8_t interrupt; /* whether the completion queue has one */
+    uint8_t tracks;    /* what is written must be known: `written` of the regions */
+    uint8_t marks;     /* what is read must be marked dirty by Python before the read's completion */
     struct ring_region *regions;
     uint32_t region_count;
     struct ring_disk *disks;
@@ -125,8 +135,11 @@ struct ring {
     struct uring uring;
     uint32_t free_slots[RING_SLOTS];
     uint32_t free_count; /* RING_SLOTS less those in flight or failed */
-    uint32_t in_flight, failed;
+    uint32_t in_flight, failed; /* in flight are those at the disk, unmarked and marking */
+    uint32_t unmarked[RING_SLOTS], unmarked_count; /* slots of reads whose data is in place */
+    uint32_t marking[RING_SLOTS], marking_count;   /* those that Python marks now */
     uint8_t *completions; /* the completion queue, here */
+    uint8_t *completions_written;
     uint32_t unsignalled; /* completions that the host was not told of */
     int64_t unsignalled_since;
     uint32_t misses; /* busy waits in a row that met no command */
@@ -135,13 +148,14 @@ struct ring {
 
     /* between threads */
     uint64_t doorbells; /* told past the controller (bells.c) */
-    uint32_t state, stop, rung, kicked, dozing, woken;
+    uint32_t state, stop, rung, kicked, dozing, woken, marked;
     int32_t wake_fd; /* an eventfd */
     pthread_mutex_t signalling;
     int32_t interrupt_fd; /* with `signalling`; < 0: the message is owed instead */
     uint32_t owed;
 
     struct iovec iovecs[RING_IOVECS];
+    uint64_t addresses[RING_IOVECS]; /* each one's in the guest's memory, where it is one run too */
 };
 
 int ring_init(struct ring *ring);
@@ -162,14 +176,18 @@ void ring_revoke(struct ring *ring);
 int ring_take(struct ring *ring);
 void ring_kick(struct ring *ring);
 void ring_mute(struct ring *ring);
+void ring_marked(struct ring *ring);
 
 /* Before a lease, or on the ring's own thread. */
 int ring_open_disks(struct ring *ring);
+int ring_make_slots(struct ring *ring);
 /* Before a lease. */
 int ring_begin(struct ring *ring);
 
 /* The ring's own thread, without the GIL. */
 enum ring_reason ring_run(struct ring *ring, int may_wait);
 void ring_wait(struct ring *ring);
+/* Take what is to be marked into `marking`, which was empty. */
+void ring_take_marks(struct ring *ring);
 
 #endif

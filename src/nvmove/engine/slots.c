@@ -8,11 +8,14 @@
 
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
 {
-    struct ring_slot *slot;
+    return ring_open_disks(ring) ? NULL : slot_keep(ring, sqe, disk);
+}
 
-    if (ring_open_disks(ring))
-        return NULL;
-    slot = &ring->slots[ring->free_slots[--ring->free_count]]; /* no more commands are fetched than there are slots */
+struct ring_slot *slot_keep(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
+{
+    /* No more commands are fetched than there are slots. */
+    struct ring_slot *slot = &ring->slots[ring->free_slots[--ring->free_count]];
+
     store(ring->in_flight, ring->in_flight + 1);
     memcpy(slot->sqe, sqe, SQE_SIZE);
     slot->order = ring->fetched;
@@ -20,8 +23,17 @@ struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const stru
     slot->is_direct = disk->alignment > 1;
     slot->failed = slot->range = slot->range_count = 0;
     slot->error = slot->mode = slot->flushes = slot->told_once = 0;
-    slot->length = 0;
+    slot->length = slot->count = 0;
     return slot;
+}
+
+void slot_data(struct ring *ring, struct ring_slot *slot, uint32_t count, uint64_t length)
+{
+    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
+    if (ring->tracks)
+        memcpy(slot->addresses, ring->addresses, (size_t)count * sizeof *slot->addresses);
+    slot->count = count;
+    slot->length = length;
 }
 
 void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, uint64_t offset, uint64_t length,
@@ -29,8 +41,7 @@ void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, ui
 {
     int is_read = slot->sqe[0] == OPCODE_READ;
 
-    memcpy(slot->iovecs, ring->iovecs, (size_t)count * sizeof *slot->iovecs);
-    slot->length = length;
+    slot_data(ring, slot, count, length);
     slot->told_once = (uint8_t)is_durable;
     if (is_durable)
         uring_prepare_durable(&ring->uring, slot->is_direct, slot->fd, slot->iovecs, count, offset,

@@ -13,7 +13,11 @@ static inline int must_be_durable(const struct ring *ring, const struct sqe *sqe
 
 /* Take a slot for a command, to be started; NULL: there is no io_uring here. Its disk is `disk`. */
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
-/* Start a read or a write of the slot's iovecs; a durable one ends when its data is on stable storage. */
+/* The same for one that needs no io_uring; the ring has slots. */
+struct ring_slot *slot_keep(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
+/* The command's data is in the first `count` iovecs of the ring, `length` bytes. */
+void slot_data(struct ring *ring, struct ring_slot *slot, uint32_t count, uint64_t length);
+/* Start a read or a write of these; a durable one ends when its data is on stable storage. */
 void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, uint64_t offset, uint64_t length,
                    int is_durable);
 /* Start the next of the slot's ranges, or the flush after them; 0: nothing is left to do. */

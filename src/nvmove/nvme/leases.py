@@ -25,6 +25,7 @@ from nvmove.nvme.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
 from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
 from nvmove.nvme.seams import (
+    WRITTEN_PAGE,
     Borrower,
     Counts,
     LeaseTerms,
@@ -71,6 +72,8 @@ class _Lease:
         self.memory: LentMemory | None = None
         self.interrupt: LentInterrupt | None = None
         self.files: list[LentFile] = []
+        self.marked = threading.Event()
+        """What was given to the memory to be marked is."""
 
     def release(self) -> None:
         """Give all of it back but the queue pair; what waits for it may go on at once, so not with the lock held."""
@@ -108,11 +111,46 @@ class Leases:
         lease.release()
         return False
 
+    def mark(self, borrower: Borrower) -> None:
+        """Have data marked dirty; see `Lender.mark`."""
+        lease = self._live[borrower]
+        assert lease.memory is not None
+        lease.marked = marked = threading.Event()
+
+        def done() -> None:
+            borrower.marked()
+            marked.set()
+
+        lease.memory.mark(borrower.take_marks(), done)
+
     def give_back(self, borrower: Borrower) -> None:
-        """End a lease; see `Lender.give_back`."""
+        """End a lease; see `Lender.give_back`.
+
+        Who marks may be in an unmap, and answer when that is done: when all memory has come back. So the memory is
+        released first. Commands whose data is being marked are in flight without a lease then, as Python's own are
+        while they wait for the same, and end on this thread, which may wait. Giving them up is no way: a message that
+        is under way may reach memory when the guest has it again.
+        """
         with self._lock:
-            after = self._end(self._live[borrower])
+            lease = self._live[borrower]
+            marking = borrower.marking()
+            after = self._end(lease)
+            commands = self._take_over(lease, marking)
         after()
+        if commands:
+            lease.marked.wait()
+            for command in commands:
+                command.complete()
+
+    def _take_over(self, lease: _Lease, commands: list[tuple[int, bytes]]) -> list[Command]:
+        """Return commands that have done all but complete; they are in flight, in the slots that the lease had.
+
+        Those from before a reset too: the guest must not have its memory again while messages are under way to it.
+        """
+        sq = lease.sq
+        sq.cq.reserve(len(commands))
+        self._controller.activity.enter(sq, len(commands))
+        return [Command(self._controller, sq, sqe, lease.first + order) for order, sqe in commands]
 
     def step(self, sqid: int, count: int) -> None:
         """Run some commands in Python; see `Lender.step`."""
@@ -186,6 +224,7 @@ class Leases:
             disks=disks,
             tail=self._doorbell(sq, lease.memory),
             head=self._doorbell(cq, lease.memory),
+            marks=lease.memory.marks,
         )
 
     def _doorbell(self, ring: SubmissionQueue | CompletionQueue, memory: LentMemory) -> LentDoorbell | None:
@@ -196,8 +235,9 @@ class Leases:
             return LentDoorbell(*doorbells.cells_of(ring), untouched=None, always=True)
         if not doorbells.enabled or cell >= doorbells.cells:
             return None
-        shadow, event = (_cell(memory, base + CELL * cell) for base in (doorbells.dbs, doorbells.eis))
-        return LentDoorbell(shadow, event, doorbells.late.get(cell), always=isinstance(ring, SubmissionQueue))
+        shadow, _ = _cell(memory, doorbells.dbs + CELL * cell)
+        event, written = _cell(memory, doorbells.eis + CELL * cell)
+        return LentDoorbell(shadow, event, doorbells.late.get(cell), isinstance(ring, SubmissionQueue), written)
 
     def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
         sq, cq = lease.sq, lease.sq.cq
@@ -372,11 +412,13 @@ def _fail(code: int, command: Command) -> None:
     failures.backend_failed(command.controller, command, failure)
 
 
-def _cell(memory: LentMemory, address: int) -> memoryview:
-    """Return the view of a doorbell's cell in guest memory; raises _Refused."""
+def _cell(memory: LentMemory, address: int) -> tuple[memoryview, memoryview | None]:
+    """Return the view of a doorbell's cell in guest memory, and of its page's `written`; raises _Refused."""
     for region in memory.regions:
         if region.start <= address < region.start + len(region.view) and region.readable and region.writable:
-            return region.view[address - region.start :][:CELL]
+            page = address // WRITTEN_PAGE - region.start // WRITTEN_PAGE
+            written = None if region.written is None else region.written[page : page + 1]
+            return region.view[address - region.start :][:CELL], written
     raise _Refused
 
 

@@ -71,6 +71,9 @@ class Interrupts(Protocol):
 
 # --- queue pairs lent to an engine (nvme/leases.py) ------------------------------------------------------------------
 
+WRITTEN_PAGE = 4096
+"""Bytes for which there is one byte in `LentRegion.written`."""
+
 
 class LentRegion(NamedTuple):
     """A run of guest memory that is mapped here, from the guest-physical address `start` on."""
@@ -79,12 +82,24 @@ class LentRegion(NamedTuple):
     view: memoryview
     readable: bool
     writable: bool
+    written: memoryview | None = None
+    """A byte for each page of `WRITTEN_PAGE` bytes that the region touches, where what is written must be known: who
+    writes stores 1 there, after the data is in place and before the guest is told. None: nobody wants to know."""
 
 
 class LentMemory(Protocol):
     """All mapped guest memory, in ascending order; it stays mapped until `release`."""
 
     regions: Sequence[LentRegion]
+    marks: bool
+    """Whether what a command writes is to be told to `mark` before its completion, and not to be noted in `written`."""
+
+    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
+        """Mark (address, length) that were written dirty; what cannot be is noted as if in `written`. Never waits.
+
+        `done` is called, from any thread and perhaps before the return, when the guest may be told; after `release`
+        too.
+        """
 
     def release(self) -> None:
         """Give it back, once."""
@@ -95,7 +110,7 @@ class LendsMemory(Protocol):
     """Memory that can be lent."""
 
     def lend(self, revoke: Callable[[], None]) -> LentMemory | None:
-        """Lend all that is mapped; None when what is written must be known.
+        """Lend all that is mapped; None when it cannot be.
 
         `revoke` is called, from any thread and with locks held, when some of it is wanted back.
         """
@@ -149,6 +164,8 @@ class LentDoorbell(NamedTuple):
     """The host has not used the cell yet, this is in it: until that changes, what the control thread is told counts."""
     always: bool
     """To be said at every sleep; otherwise only when the loop waits for this doorbell: of a head, for room."""
+    written: memoryview | None = None
+    """As of a region: the byte for the page of `event`."""
 
 
 class LeaseTerms(NamedTuple):
@@ -179,6 +196,8 @@ class LeaseTerms(NamedTuple):
     """Submission queue tail; None: the control thread is told all values, as of the head."""
     head: LentDoorbell | None = None
     """Completion queue head."""
+    marks: bool = False
+    """As of the memory: reads complete only when `Lender.mark` has marked what they wrote."""
 
 
 class FailedCommand(NamedTuple):
@@ -243,7 +262,18 @@ class Borrower(Protocol):
     def failed(self) -> list[FailedCommand]:
         """Return the commands that the disk failed, in any order."""
 
+    def marking(self) -> list[tuple[int, bytes]]:
+        """Return the commands of the last `take_marks` that are not completed, as `failed` does."""
+
+    # The engine's thread.
+
+    def take_marks(self) -> list[tuple[int, int]]:
+        """Return what is to be marked next, (address, length); nothing of it is, and nothing else is being marked."""
+
     # From any thread, with any lock held.
+
+    def marked(self) -> None:
+        """What `take_marks` returned is marked; has no effect when the queue pair was given back before."""
 
     def revoke(self) -> None:
         """Ask for the queue pair; never waits."""
@@ -258,8 +288,11 @@ class Lender(Protocol):
     def lend(self, sqid: int, borrower: Borrower) -> bool:
         """Lend submission queue `sqid` and its completion queue, if all is plain about them; return whether it is."""
 
+    def mark(self, borrower: Borrower) -> None:
+        """Have marked what `take_marks` returns. Never waits: `Borrower.marked` says when."""
+
     def give_back(self, borrower: Borrower) -> None:
-        """End a lease; nothing of the queue pair is under way."""
+        """End a lease; nothing of the queue pair is under way but what is being marked, which is waited for."""
 
     def step(self, sqid: int, count: int) -> None:
         """Run at most `count` commands of a queue that is not lent."""

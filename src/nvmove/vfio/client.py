@@ -272,7 +272,8 @@ class VfioUserClient:
         part = ram.view[address - ram.address : address - ram.address + count]
         if header.command == Command.DMA_WRITE:
             part[:] = data
-            self.send_raw(message.reply(header, message.dma_access_payload(address, count)))
+            if header.wants_reply:
+                self.send_raw(message.reply(header, message.dma_access_payload(address, count)))
         else:
             self.send_raw(message.reply(header, message.dma_access_payload(address, count, part)))
 

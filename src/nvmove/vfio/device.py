@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from nvmove.nvme.seams import DmaError
 from nvmove.vfio.message import Buffer
 
 if TYPE_CHECKING:
@@ -82,6 +83,13 @@ class Client(Protocol):
 
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         """Write runs of (address, data), in order; on return the client has answered for all of them."""
+
+    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+        """Do the same and return at once; few runs, and short ones.
+
+        `done` is called when the client has written all of them, has refused one, or is gone: on any thread, with locks
+        held and perhaps before the return. It must not wait nor call the client.
+        """
 
 
 class Device(Protocol):

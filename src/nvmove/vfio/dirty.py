@@ -8,16 +8,20 @@ What the device writes through its own mapping of guest memory is seen by nobody
   completions themselves, shadow doorbells' EventIdx) is recorded, and written again when the VM has stopped. A page
   that the guest owns while it runs is never written again: the guest's own store could be lost.
 - A client that drives the protocol's own migration asks for a *log*, and gets it as bitmaps.
+
+An engine that has memory lent notes what it writes in memory shared with it (vfio/written.py). That is taken over into
+the record or the log when somebody asks for it, and when the memory goes away.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-PAGE = 4096
-"""Bytes of a page: the granularity of everything here, and no coarser than that of any guest."""
+from nvmove.vfio import written
+
+PAGE = written.PAGE
 RUN = 1 << 20
 """Bytes of the longest run that is marked with one message."""
 
@@ -75,6 +79,8 @@ class DirtyLog:
     def __init__(self, ranges: Sequence[range] = ()) -> None:
         self._ranges = ranges
         self._pages = DirtyPages()
+        self.collect: Callable[[int, int], None] = lambda _start, _end: None
+        """Called before a report, for what was noted elsewhere between two addresses to be logged."""
 
     def add(self, address: int, length: int) -> None:
         """Log a run of memory of at least one byte."""
@@ -91,6 +97,7 @@ class DirtyLog:
 
         A page that is only in part inside is reported again the next time.
         """
+        self.collect(start, start + length)
         bitmap = bytearray(bitmap_size(length, page_size))
         for page in self._pages.take_between(start, start + length):
             first = (max(page * PAGE, start) - start) // page_size
@@ -117,27 +124,74 @@ class DirtyTracking:
         """Pages to be marked at the switch-over."""
         self.log: DirtyLog | None = None
         """What is logged for the client, in whatever way it was written."""
+        self._lock = threading.Lock()
+        self._noted: dict[object, written.WrittenPages] = {}
+        """By region, what those note who have it lent."""
+
+    # Nothing is lent while one of these four runs (`Leases.suspended`).
 
     def start_marking(self) -> None:
         """Mark from now on; what was recorded before is forgotten."""
+        self._forget_notes()
         self.recorded.clear()
         self.marking = self.active = True
 
     def stop_marking(self) -> None:
         """Mark no more, and forget what was recorded."""
+        self._forget_notes()
         self.marking = False
         self.active = self.log is not None
         self.recorded.clear()
 
     def start_log(self, log: DirtyLog) -> None:
         """Log from now on."""
+        self._forget_notes()
+        log.collect = self.collect
         self.log = log
         self.active = True
 
     def stop_log(self) -> None:
         """Log no more."""
+        self._forget_notes()
         self.log = None
         self.active = self.marking
+
+    def _forget_notes(self) -> None:
+        with self._lock:
+            self._noted.clear()
+
+    @property
+    def is_for_both(self) -> bool:
+        """Whether pages are to be marked and logged: what a borrower notes is for one of them only."""
+        return self.marking and self.log is not None
+
+    def lend(self, region: object, start: int, end: int) -> memoryview | None:
+        """Return where whoever has the region [start, end) lent notes what it writes; None: nobody wants to know."""
+        if not self.active:
+            return None
+        with self._lock:
+            noted = self._noted.get(region)
+            if noted is None:
+                noted = self._noted[region] = written.WrittenPages(start, end)
+            return noted.view
+
+    def gone(self, region: object) -> None:
+        """A region is not lent any more and will not be."""
+        with self._lock:
+            noted = self._noted.pop(region, None)
+            if noted is not None:
+                self._take(noted, 0, 1 << 64)
+
+    def collect(self, start: int = 0, end: int = 1 << 64) -> None:
+        """Take over what is noted of the memory between two addresses."""
+        with self._lock:
+            for noted in self._noted.values():
+                self._take(noted, start, end)
+
+    def _take(self, noted: written.WrittenPages, start: int, end: int) -> None:
+        for address, length in noted.take(start, end):
+            self.wrote(address, length)
+            self.record(address, length)
 
     def wrote(self, address: int, length: int) -> None:
         """Bytes were written; only the log is told."""

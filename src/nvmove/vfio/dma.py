@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio import message
@@ -22,19 +24,20 @@ _MAX_READ = 32 << 10
 _MAX_UNREAD = 64 << 10
 _REPLY_OVERHEAD = 1 << 10
 """What the kernel charges the sender for a message besides its data, bytes; generously."""
-_MAX_SEND = 64 << 10
-"""Messages are put together until they hold so much data, in bytes, and sent with one system call."""
+_MAX_SEND = 32 << 10
+"""Messages are put together until they hold so much data, in bytes, and sent with one system call. No more: Linux cuts
+what is sent to a Unix socket into pieces of some 48 KiB, and QEMU ends the connection when it meets half a header."""
 
 
 class _Batch:
-    """What one caller has under way and waits for. All of it wants the channel's lock, but for `wait`."""
+    """What one caller has under way; `done` is called when all is answered. All of it wants the channel's lock."""
 
-    __slots__ = ("_answered", "_left", "failure")
+    __slots__ = ("_done", "_left", "failure")
 
-    def __init__(self) -> None:
+    def __init__(self, done: Callable[[], None]) -> None:
         self.failure: str | None = None
         self._left = 1  # the caller himself, until he has sent all
-        self._answered = threading.Event()
+        self._done = done
 
     def add(self) -> None:
         self._left += 1
@@ -43,19 +46,13 @@ class _Batch:
         self.failure = self.failure or failure
         self._left -= 1
         if not self._left:
-            self._answered.set()
-
-    def wait(self) -> None:
-        """Wait until all are answered; raise DmaError when one failed."""
-        self._answered.wait()
-        if self.failure is not None:
-            raise DmaError(self.failure)
+            self._done()
 
 
 class _Exchange:
     """One message sent, until it is answered or failed (`settled`)."""
 
-    __slots__ = ("batch", "code", "cost", "count", "data", "settled")
+    __slots__ = ("batch", "code", "cost", "count", "data", "settled", "silent")
 
     def __init__(self, batch: _Batch, code: Command, count: int) -> None:
         self.batch = batch
@@ -64,11 +61,20 @@ class _Exchange:
         self.cost = _REPLY_OVERHEAD + (count if code is Command.DMA_READ else 0)
         self.data = b""
         self.settled = False
+        self.silent: Sequence[int] = ()
+        """Ids of messages that were sent before and succeed without an answer: when this one is answered they have."""
 
     def settle(self, failure: str | None = None) -> None:
         if not self.settled:
             self.settled = True
             self.batch.leave(failure)
+
+
+class _Write(NamedTuple):
+    """A `dma_write_soon` that was not sent yet: (address, length, data) each a message."""
+
+    pieces: Sequence[tuple[int, int, memoryview]]
+    batch: _Batch
 
 
 class DmaChannel:
@@ -83,6 +89,8 @@ class DmaChannel:
         self._exchanges: dict[int, _Exchange] = {}
         self._next_id = 0
         self._refusal: str | None = None
+        self._waiting: deque[_Write] = deque()
+        """What must not wait for room itself."""
 
     def dma_read(self, address: int, length: int) -> bytes:
         """Return `length` bytes of guest memory; raise DmaError when the client refuses or is gone."""
@@ -109,12 +117,69 @@ class DmaChannel:
             ),
         )
 
+    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+        """Store runs of (address, data) into guest memory in order; see `nvmove.vfio.device.Client`.
+
+        All but the last are sent with the flag that no reply is wanted. QEMU does messages in their order, and leaves
+        out the reply of a success only (found by experiment): the last reply stands for all.
+        """
+        views = ((address, memoryview(data).cast("B")) for address, data in runs)
+        pieces = [
+            (address + at, count, view[at : at + count])
+            for address, view in views
+            for at, count in _pieces(len(view), self._max_size)
+        ]
+
+        def ended() -> None:
+            done(None if batch.failure is None else DmaError(batch.failure))
+
+        batch = _Batch(ended)
+        write = _Write(pieces, batch)
+        with self._lock:
+            self._waiting.append(write)
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Send what waits for room, as far as there is some. The client reads messages whatever it does besides."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                if self._refusal is not None:
+                    self._fail_waiting(self._refusal)
+                    return
+                cost = _REPLY_OVERHEAD * len(self._waiting[0].pieces)
+                if self._unread and self._unread + cost > _MAX_UNREAD:
+                    return
+                write = self._waiting.popleft()
+                ids = [self._enter(_Exchange(write.batch, Command.DMA_WRITE, count)) for _, count, _ in write.pieces]
+                if ids:
+                    self._exchanges[ids[-1]].silent = ids[:-1]
+                write.batch.leave()
+            unsent, size = list[Buffer](), 0
+            for message_id, (address, count, data) in zip(ids, write.pieces, strict=True):
+                flags = 0 if message_id == ids[-1] else message.FLAG_NO_REPLY
+                unsent += message.dma_command_parts(message_id, Command.DMA_WRITE, address, data, count, flags)
+                size += count
+                if size >= _MAX_SEND:
+                    size = self._flush(unsent)
+            self._flush(unsent)
+
+    def _fail_waiting(self, reason: str) -> None:
+        while self._waiting:
+            self._waiting.popleft().batch.leave(reason)
+
     def answer(self, header: Header, payload: memoryview) -> None:
         """Deliver a reply (control thread). Raises StreamError for one that answers nothing we asked."""
         with self._lock:
             exchange = self._exchanges.pop(header.id, None)
             if exchange is None or exchange.code != header.command:
                 raise message.StreamError(f"reply to command {header.command} that was not sent, id {header.id}")
+            for message_id in exchange.silent:
+                silent = self._exchanges.pop(message_id, None)
+                if silent is not None:  # else it was refused
+                    self._unread -= silent.cost
+                    silent.settle()
             self._unread -= exchange.cost
             self._lock.notify_all()
             failure: str | None = None
@@ -127,12 +192,14 @@ class DmaChannel:
                 else:
                     failure = f"DMA_READ of {exchange.count} bytes answered with {len(data)}"
             exchange.settle(failure)
+        self._send_waiting()
 
     def refuse(self, reason: str) -> None:
         """Fail everything that waits and all that is asked until `admit`, with DmaError."""
         with self._lock:
             self._refusal = reason
             self._lock.notify_all()
+            self._fail_waiting(reason)
             for exchange in self._exchanges.values():
                 exchange.settle(reason)  # it stays in the table: its id is taken until the client answers
 
@@ -144,7 +211,8 @@ class DmaChannel:
     def _exchange_all(self, code: Command, pieces: Iterable[tuple[int, int, Buffer]]) -> list[_Exchange]:
         """Send a message for each (address, count, data) and wait for all answers; raise DmaError."""
         assert threading.get_ident() != self._control_thread, "the control thread would wait for itself"
-        batch, exchanges, unsent, size = _Batch(), list[_Exchange](), list[Buffer](), 0
+        answered = threading.Event()
+        batch, exchanges, unsent, size = _Batch(answered.set), list[_Exchange](), list[Buffer](), 0
         try:
             for address, count, data in pieces:
                 exchange = _Exchange(batch, code, count)
@@ -162,7 +230,9 @@ class DmaChannel:
             self._flush(unsent)
             with self._lock:
                 batch.leave()
-        batch.wait()
+        answered.wait()
+        if batch.failure is not None:
+            raise DmaError(batch.failure)
         return exchanges
 
     def _flush(self, unsent: list[Buffer]) -> int:
@@ -181,14 +251,18 @@ class DmaChannel:
                 self._lock.wait()
             if self._refusal is not None:
                 raise DmaError(self._refusal)
-            self._unread += exchange.cost
-            while self._next_id in self._exchanges:
-                self._next_id = (self._next_id + 1) & 0xFFFF
-            message_id = self._next_id
-            self._next_id = (message_id + 1) & 0xFFFF
-            self._exchanges[message_id] = exchange
-            exchange.batch.add()
-            return message_id
+            return self._enter(exchange)
+
+    def _enter(self, exchange: _Exchange) -> int:
+        """Put an exchange into the table; return its id. Wants the lock."""
+        self._unread += exchange.cost
+        while self._next_id in self._exchanges:
+            self._next_id = (self._next_id + 1) & 0xFFFF
+        message_id = self._next_id
+        self._next_id = (message_id + 1) & 0xFFFF
+        self._exchanges[message_id] = exchange
+        exchange.batch.add()
+        return message_id
 
 
 def _pieces(length: int, size: int) -> Iterator[tuple[int, int]]:

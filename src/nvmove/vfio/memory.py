@@ -84,21 +84,40 @@ class MemoryTransfer:
 class MemoryLoan:
     """All mapped memory, lent to somebody who reads and writes it himself; `nvmove.nvme.seams.LentMemory`."""
 
-    def __init__(
-        self, regions: list[_Region], revoke: Callable[[], None], release: Callable[[MemoryLoan], None]
-    ) -> None:
-        self.regions = [
-            LentRegion(region.start, region.view, region.readable, region.writable)
+    def __init__(self, memory: GuestMemory, regions: list[_Region], revoke: Callable[[], None]) -> None:
+        dirty = memory.dirty
+        self.regions: Sequence[LentRegion] = [
+            LentRegion(
+                region.start,
+                region.view,
+                region.readable,
+                region.writable,
+                dirty.lend(region, region.start, region.end) if region.writable else None,
+            )
             for region in regions
             if region.view is not None
         ]
+        self.marks = dirty.marking
         self.held = regions
         self.revoke = revoke
-        self._release = release
+        self._memory = memory
+
+    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
+        """Write again by message what was written; see `LentMemory.mark`."""
+        marks = [copy for address, length in runs for copy in self._copies(address, address + length)]
+        self._memory._mark_soon(marks, runs, done)
+
+    def _copies(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """Copy what must be written again: of the memory that was lent, wherever the map may be by now."""
+        for region in self.held:
+            first, last = max(start, region.start), min(end, region.end)
+            if region.view is not None and first < last:
+                for part in split(first, last - first):
+                    yield _copy((region.start, region.view), *part)
 
     def release(self) -> None:
         """Give it back."""
-        self._release(self)
+        self._memory._take_back(self)
 
 
 class GuestMemory:
@@ -136,6 +155,7 @@ class GuestMemory:
         end = address + size
         with self._lock:
             regions = self._overlapping(address, end)
+            idle = [region for region in regions if not region.uses]
             busy = sum(region.uses > 0 for region in regions)
             unmap = _Unmap(done, busy)
             for region in regions:
@@ -147,6 +167,8 @@ class GuestMemory:
                     self._insert(region.part(end, region.end))
             if busy:
                 self._revoke_loans()
+        for region in idle:
+            self.dirty.gone(region)
         if not busy:
             done(0 if regions else errno.ENOENT)
 
@@ -235,17 +257,17 @@ class GuestMemory:
         return transfer
 
     def lend(self, revoke: Callable[[], None]) -> MemoryLoan | None:
-        """Lend all that is mapped, as `nvmove.nvme.seams.LendsMemory`; what is written is seen by nobody.
+        """Lend all that is mapped, as `nvmove.nvme.seams.LendsMemory`.
 
-        So nothing is lent while somebody wants to know. Who begins to, ends the loans first (`Leases.suspended`).
+        Who begins to want to know what is written, or ends it, ends the loans first (`Leases.suspended`).
         """
         with self._lock:
-            if self.dirty.active:
+            if self.dirty.is_for_both:
                 return None
             held = [region for region in self._regions if region.view is not None]
             for region in held:
                 region.uses += 1
-            loan = MemoryLoan(held, revoke, self._take_back)
+            loan = MemoryLoan(self, held, revoke)
             self._loans.append(loan)
             return loan
 
@@ -324,20 +346,42 @@ class GuestMemory:
             for address, data in marks:
                 self.dirty.record(address, len(data))
 
+    def _mark_soon(
+        self, marks: list[tuple[int, bytes]], runs: Sequence[tuple[int, int]], done: Callable[[], None]
+    ) -> None:
+        """As `_mark`, without waiting; `done` when the answers are there, or what `runs` names is recorded instead."""
+
+        def answered(error: DmaError | None) -> None:
+            if error is not None:
+                log.debug("pages were not marked dirty: %s", error)
+                for address, length in runs:
+                    self.dirty.record(address, length)
+            done()
+
+        client = self.client
+        if client is None:
+            answered(DmaError("no client is connected"))
+        else:
+            client.dma_write_soon(marks, answered)
+
     def _record(self, written: Sequence[Run]) -> None:
         for address, buffer in written:
             self.dirty.record(address, len(buffer))
 
     def _release(self, regions: list[_Region]) -> None:
+        gone: list[_Region] = []
         finished: list[_Unmap] = []
         with self._lock:
             for region in regions:
                 region.uses -= 1
                 unmap = region.unmap
                 if unmap is not None and not region.uses:
+                    gone.append(region)
                     unmap.left -= 1
                     if not unmap.left:
                         finished.append(unmap)
+        for region in gone:
+            self.dirty.gone(region)
         for unmap in finished:
             unmap.done(0)
 
@@ -349,6 +393,7 @@ class GuestMemory:
         Raises DmaError when the client refuses or is gone: the pages stay recorded.
         """
         began = time.monotonic()
+        self.dirty.collect()
         recorded = self.dirty.recorded.take()
         pages = sent = 0
 

@@ -456,7 +456,12 @@ def parse_dma_access(payload: memoryview) -> tuple[int, int, memoryview]:
     return address, count, payload[_DMA_ACCESS.size :]
 
 
-def dma_command_parts(message_id: int, code: int, address: int, data: Buffer, count: int) -> tuple[Buffer, Buffer]:
-    """Encode a whole DMA_READ or DMA_WRITE command, in parts so that the data need not be copied twice."""
+def dma_command_parts(
+    message_id: int, code: int, address: int, data: Buffer, count: int, flags: int = 0
+) -> tuple[Buffer, Buffer]:
+    """Encode a whole DMA_READ or DMA_WRITE command, in parts so that the data need not be copied twice.
+
+    `flags` may hold FLAG_NO_REPLY.
+    """
     size = HEADER_SIZE + DMA_ACCESS_SIZE + len(data)
-    return _HEADER.pack(message_id, code, size, TYPE_COMMAND, 0) + _DMA_ACCESS.pack(address, count), data
+    return _HEADER.pack(message_id, code, size, TYPE_COMMAND | flags, 0) + _DMA_ACCESS.pack(address, count), data
