@@ -187,9 +187,7 @@ def test_a_page_cache_filled_by_dma_during_pre_copy_arrives(tree: Sysroot, work:
 
         def fill() -> None:
             console.check("(exec 3</dev/nvme0n1; sleep 1000) & true")  # or the cache goes with the last close
-            # In small pieces: Linux reads large ones by SGL, and those are never the compiled loop's.
-            console.check("echo 16 >/sys/block/nvme0n1/queue/read_ahead_kb")
-            console.check("dd if=/dev/nvme0n1 of=/dev/null bs=16k")
+            console.check("dd if=/dev/nvme0n1 of=/dev/null bs=1M")
 
         report = migrate(source, target, work / "migration", fill, mode == MARKED)
         console = target.machine.console

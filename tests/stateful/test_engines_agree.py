@@ -29,7 +29,7 @@ from tests.rings import PUNCH, InlineRings, LentDisk, LentLines, LentRam
 from nvmove.block.backend import Operation, Request
 from nvmove.block.lend import ASK, NOTHING, LentSpace
 from nvmove.engine.inline import InlineEngine
-from nvmove.nvme.spec import DEAC, DOORBELLS, DSM_DEALLOCATE, DSM_RANGE, FUA, Admin, Nvm
+from nvmove.nvme.spec import DEAC, DOORBELLS, DSM_DEALLOCATE, DSM_RANGE, FUA, SGL_DESCRIPTOR, Admin, Nvm
 
 DBS, EIS = 0x29_0000, 0x29_1000
 SHARED = 64
@@ -46,7 +46,7 @@ SPACES = [
 Told = tuple[int, int, int, int, bool]
 SOURCE, SOURCES, RANGES = 0x30_0000, 0x38_0000, 0x40_0000
 """Where the data of durable writes is, which nothing changes, its PRP list, and lists of ranges, a page for a place."""
-LIST, PAGES, LAST_PAGE = 0x10_0000, 0x11_0000, 0x28_0000
+LIST, SGL, PAGES, LAST_PAGE = 0x10_0000, 0x10_0400, 0x11_0000, 0x28_0000
 QUEUES = st.integers(1, 3)
 HOLES = [range(0x18_0000, 0x18_2000), range(0x20_0000, 0x20_1000), range(0x10_0000, 0x10_1000)]
 
@@ -118,6 +118,28 @@ class Both(Host):
         return bytes(self.ram.data[LIST:DBS])
 
 
+def sgls(address: int, blocks: int) -> list[dict[str, int]]:
+    """The data pointers of SGLs for `blocks`: one run of memory, runs of a block each, and some with a mistake."""
+
+    def pointer(address: int, length: int, identifier: int, psdt: int = 1) -> dict[str, int]:
+        return {"flags": psdt << 6, "prp1": address, "prp2": length | identifier << 56}
+
+    length = 512 * blocks
+    right = [pointer(address, length, 0), pointer(address, length, 0, 2), pointer(SGL, 16 * blocks, 0x30)]
+    return right * 4 + [
+        pointer(address, length - 1, 0),
+        pointer(address, length + 512, 0),
+        pointer(address, length, 1),
+        pointer(address, length, 0x10),
+        pointer(address, length, 0, 3),
+        pointer(1 << 40, length, 0),
+        pointer(SGL, 16 * blocks + 16, 0x30),
+        pointer(SGL, 16 * blocks - 1, 0x30),
+        pointer(SGL, 16 * blocks, 0x20),
+        pointer(1 << 40, 16 * blocks, 0x30),
+    ]
+
+
 @st.composite
 def commands(draw: st.DrawFn) -> tuple[int, dict[str, int]]:
     """A command: mostly a read or a write that is right, sometimes one with a mistake or two."""
@@ -143,6 +165,8 @@ def commands(draw: st.DrawFn) -> tuple[int, dict[str, int]]:
         "cdw12": [blocks - 1 | 1 << 31, blocks - 1 | 1 << 26, 0xFFFF],
         "flags": [1, 0x40],
     }
+    if not draw(st.integers(0, 3)):
+        fields |= draw(st.sampled_from(sgls(page + offset, blocks)))
     if not draw(st.integers(0, 4)):
         opcode = draw(st.sampled_from([opcode, Nvm.FLUSH, Nvm.COMPARE, 0x7F]))
         for name in draw(st.lists(st.sampled_from(sorted(mistakes)), max_size=2)):
@@ -211,6 +235,8 @@ class Machine(RuleBasedStateMachine):
                 host.create(qid, 2 if self.shared and qid == 3 else None, self.sizes[qid - 1], self.sizes[qid + 2], qid)
             entries = [page for n in range(32) if (page := PAGES + 8192 * (n % 7) + 4096 * n)]
             host.ram.data[LIST : LIST + 8 * 32] = struct.pack("<32Q", *entries)
+            scattered = (PAGES + 4096 * (number * 37 % 256) + 512 * (number % 8) for number in range(64))
+            host.ram.data[SGL : SGL + 16 * 64] = b"".join(SGL_DESCRIPTOR.pack(at, 512, 0) for at in scattered)
             host.ram.data[LIST + 0xFF0 : LIST + 0x1000] = struct.pack("<2Q", PAGES + 4096 * 99, LAST_PAGE)
             host.ram.data[LAST_PAGE : LAST_PAGE + 8 * 32] = struct.pack("<32Q", *reversed(entries))
             host.ram.data[SOURCE : SOURCE + 3 * 4096] = b"".join(bytes([0xE0 + n]) * 512 for n in range(24))
@@ -367,11 +393,17 @@ class Machine(RuleBasedStateMachine):
         if not self.shared:  # a head that moves lets two queues go on at once, in any order
             assert plain.data() == compiled.data()
             assert plain.disk.contents == compiled.disk.contents
-        assert set(plain.lines.look()) == set(compiled.lines.look())
+        signals = [set(host.lines.look()) for host in self.hosts]
+        # The loop looks at heads in memory more often: the plain engine takes some completions for unread, and may say
+        # of them once more after a move that they are there.
+        assert signals[0] == signals[1] or (plain.shadows and signals[0] > signals[1])
         states = [host.controller.inspect() for host in self.hosts]
         for state in states:
-            del state["live"]["doorbell_writes"], state["live"]["lent"]
-            del state["doorbells"]["late"]  # the loop looks at heads more often
+            del state["live"]["doorbell_writes"], state["live"]["lent"], state["doorbells"]["late"]
+            if plain.shadows:
+                del state["irq_status"]
+                for cq in state["cqs"]:
+                    del cq["head"]
         if self.shared:
             assert states[0]["smart"] == states[1]["smart"]
         else:

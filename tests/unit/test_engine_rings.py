@@ -25,6 +25,7 @@ from nvmove.nvme.spec import (
     DSM_DEALLOCATE,
     DSM_RANGE,
     FUA,
+    SGL_DESCRIPTOR,
     Admin,
     Log,
     Nvm,
@@ -100,6 +101,53 @@ def test_prps_of_all_shapes_arrive_where_they_point(rig: Rig, length: int, offse
     )
     assert found[:length] == rig.disk.contents[:length]
     assert not rig.in_python
+
+
+def sgl(address: int, length: int, identifier: int = 0, psdt: int = 1) -> dict[str, int]:
+    return {"flags": psdt << 6, "prp1": address, "prp2": length | identifier << 56}
+
+
+def test_an_sgl_of_data_blocks_never_comes_to_python(rig: Rig) -> None:
+    os.pwrite(rig.disk.fd, os.urandom(128 << 10), 0)
+    for psdt in (1, 2):
+        assert rig.read(0, 256, **sgl(0x50_0003, 128 << 10, psdt=psdt)) == 0
+        assert rig.ram.data[0x50_0003:][: 128 << 10] == rig.disk.contents[: 128 << 10]
+    blocks = [(0x50_0001, 1000), (0, 0), (0x60_0000, 24), (0x60_0018, 512)]
+    rig.ram.data[0x7000:0x7040] = b"".join(SGL_DESCRIPTOR.pack(*block, 0) for block in blocks)
+    assert rig.read(8, 3, **sgl(0x7000, 64, 0x30)) == 0
+    found = bytes(rig.ram.data[0x50_0001:][:1000]) + bytes(rig.ram.data[0x60_0000:][:536])
+    assert found == rig.disk.contents[8 * 512 : 11 * 512]
+    assert rig.command(1, Nvm.WRITE, nsid=1, cdw10=100, cdw12=2, **sgl(0x7000, 64, 0x30)).status == 0
+    assert rig.disk.contents[100 * 512 : 103 * 512] == found
+    assert not rig.in_python
+
+
+@pytest.mark.parametrize(
+    ("status", "pointer"),
+    [
+        (Status.DATA_SGL_LENGTH_INVALID, sgl(DATA, 511)),
+        (Status.DATA_SGL_LENGTH_INVALID, sgl(DATA, 513)),
+        (Status.SGL_TYPE_INVALID, sgl(DATA, 512, 0x01)),
+        (Status.SGL_TYPE_INVALID, sgl(DATA, 512, 0x10)),
+        (Status.INVALID_FIELD, sgl(DATA, 512, psdt=3)),
+        (Status.DATA_TRANSFER_ERROR, sgl(1 << 40, 512)),
+        (Status.DATA_TRANSFER_ERROR, sgl(1 << 40, 16, 0x30)),
+        (Status.INVALID_SGL_SEGMENT, sgl(0x7000, 0, 0x30)),
+        (Status.INVALID_SGL_SEGMENT, sgl(0x7000, 24, 0x30)),
+        (Status.DATA_SGL_LENGTH_INVALID, sgl(0x7000, 16, 0x30)),
+        (Status.DATA_SGL_LENGTH_INVALID, sgl(0x7000, 32, 0x30)),
+        (Status.SUCCESS, sgl(0x7010, 48, 0x20)),  # a segment that leads to another
+    ],
+)
+def test_other_sgls_are_pythons(rig: Rig, status: Status, pointer: dict[str, int]) -> None:
+    lists = [(DATA, 511, 0), (DATA, 511, 0), (DATA, 2, 0), (0x7000, 16, 0x30)]
+    rig.ram.data[0x7000:0x7040] = b"".join(SGL_DESCRIPTOR.pack(*one) for one in lists)
+    if status is Status.SUCCESS:
+        rig.ram.data[0x7000:0x7030] = b"".join(
+            SGL_DESCRIPTOR.pack(*one) for one in [(DATA, 500, 0), (DATA, 6, 0), (DATA, 6, 0)]
+        )
+    assert rig.read(**pointer) == status
+    assert status or rig.in_python
 
 
 def test_data_may_cross_regions_and_lists_may_not_be_there(rig: Rig) -> None:

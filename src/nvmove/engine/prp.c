@@ -62,8 +62,7 @@ void note_written(struct ring *ring, uint64_t address, uint64_t length)
     }
 }
 
-/* Add a run of guest memory behind `count` iovecs; return how many there are then, or 0. */
-static int add(struct ring *ring, int count, uint64_t address, uint64_t length, int for_writing)
+int memory_add(struct ring *ring, int count, uint64_t address, uint64_t length, int for_writing)
 {
     while (length) {
         struct ring_region *region = find(ring, address);
@@ -104,12 +103,12 @@ int prp_resolve(struct ring *ring, uint64_t prp1, uint64_t prp2, uint64_t length
 
     if (prp1 & 3)
         return 0;
-    count = add(ring, 0, prp1, first, for_writing);
+    count = memory_add(ring, 0, prp1, first, for_writing);
     length -= first;
     if (!count || !length)
         return count;
     if (length <= page)
-        return prp2 & mask ? 0 : add(ring, count, prp2, length, for_writing);
+        return prp2 & mask ? 0 : memory_add(ring, count, prp2, length, for_writing);
     if (prp2 & (PRP_SIZE - 1))
         return 0;
     /* Each list but the first starts on a page, so each gives at least a page of data: the walk ends. */
@@ -130,7 +129,7 @@ int prp_resolve(struct ring *ring, uint64_t prp1, uint64_t prp2, uint64_t length
                 prp2 = entry;
                 break;
             }
-            count = add(ring, count, entry, part, for_writing);
+            count = memory_add(ring, count, entry, part, for_writing);
             if (!count)
                 return 0;
             length -= part;

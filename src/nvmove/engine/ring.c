@@ -11,7 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "prp.h"
+#include "sgl.h"
 #include "slots.h"
 
 #define CQE_SIZE 16
@@ -375,7 +375,7 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
     struct ring_disk *disk;
     uint64_t lba, blocks, length;
 
-    if (sqe->flags || sqe->nsid >= ring->disk_count)
+    if (sqe->flags & FUSE || sqe->nsid >= ring->disk_count)
         return FOR_PYTHON;
     disk = &ring->disks[sqe->nsid];
     if (!disk->present)
@@ -389,7 +389,7 @@ static enum outcome execute(struct ring *ring, const struct sqe *sqe)
     length = blocks << disk->shift;
     if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
         return FOR_PYTHON;
-    count = prp_resolve(ring, sqe->prp1, sqe->prp2, length, is_read);
+    count = data_resolve(ring, sqe, length, is_read);
     if (count <= 0 || (is_read && ring->marks && count > MARK_RUNS))
         return FOR_PYTHON;
     is_durable = !is_read && must_be_durable(ring, sqe, disk);

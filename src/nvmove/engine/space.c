@@ -1,6 +1,6 @@
 #include <string.h>
 
-#include "prp.h"
+#include "sgl.h"
 #include "slots.h"
 
 /* Dataset Management, NVM Command Set 1.0, 3.2.3: dwords 10 and 11, and a range */
@@ -72,7 +72,7 @@ static enum outcome write_zeroes(struct ring *ring, const struct sqe *sqe, struc
 /* Copy a list of ranges, which the guest may change at any time; 0: it is not all there. */
 static int read_ranges(struct ring *ring, const struct sqe *sqe, struct dsm_range *ranges, uint32_t count)
 {
-    int iovecs = prp_resolve(ring, sqe->prp1, sqe->prp2, count * sizeof *ranges, 0);
+    int iovecs = data_resolve(ring, sqe, count * sizeof *ranges, 0);
     uint8_t *to = (uint8_t *)ranges;
 
     for (int i = 0; i < iovecs; i++) {

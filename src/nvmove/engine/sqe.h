@@ -17,6 +17,9 @@
 #define FORCE_UNIT_ACCESS (1u << 30)
 #define LIMITED_RETRY (1u << 31)
 
+/* Of the flags: a fused operation */
+#define FUSE 0x03
+
 #define SQE_SIZE 64
 
 /* Common command format, Base 2.0 3.3.3.1: what the loop wants to know of it; little endian as this machine. */
@@ -24,7 +27,7 @@ struct sqe {
     uint8_t opcode, flags;
     uint16_t cid;
     uint32_t nsid, cdw2, cdw3;
-    uint64_t mptr, prp1, prp2;
+    uint64_t mptr, prp1, prp2; /* the last two: or an SGL descriptor */
     uint32_t cdw10, cdw11, cdw12, cdw13, cdw14, cdw15;
 };
 _Static_assert(sizeof(struct sqe) == SQE_SIZE, "an SQE has 64 bytes");
