@@ -33,14 +33,15 @@ def devices() -> Iterator[tuple[NvmeDevice, NvmeDevice]]:
         device.close()
 
 
-@pytest.mark.parametrize("size", [1, 7, PAGE, 1 << 20])
+@pytest.mark.parametrize(("size", "hops"), [(1, 1), (7, 2), (PAGE, 5), (1 << 20, 5)])
 def test_a_controller_goes_back_and_forth_with_commands_in_between(
-    devices: tuple[NvmeDevice, NvmeDevice], size: int
+    devices: tuple[NvmeDevice, NvmeDevice], size: int, hops: int
 ) -> None:
+    """The state in pieces of `size` bytes: each is a message, so there are fewer hops where that is small."""
     with connected(devices[0]) as client:
         memory = bytearray(enable(client))
         state = MigrationClient(client).save(size)
-    for hop in range(1, 6):
+    for hop in range(1, hops + 1):
         with connected(devices[hop % 2]) as client:
             mover = MigrationClient(client)
             ram = client.map_ram(0, 1 << 20).view

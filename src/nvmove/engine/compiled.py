@@ -11,9 +11,9 @@ from nvmove.engine import loop
 from nvmove.engine.plain import PlainEngine, Worker
 from nvmove.nvme.seams import Lender
 
-SPIN_US = 200
-"""The longest busy wait for the next command, of a host that has many under way (ring.c, `spin`): a guest under TCG
-takes over 100 µs from one to the next (docs/performance.md)."""
+SPIN_US = 100
+"""The longest busy wait for the next command; seldom where it was in vain, never without a command before. A guest that
+takes longer had better ring: that costs less than the wait (docs/performance.md)."""
 MANY = 16
 """Commands that Python runs before the loop is tried again, where the loop got nowhere."""
 

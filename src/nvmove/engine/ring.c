@@ -22,10 +22,6 @@
 /* After so many busy waits in vain, one of so many is tried. */
 #define SPIN_MISSES 4
 #define SPIN_SELDOM 8
-/* A host that has left several completions unread is busy with them, and will be back: for so many waits after that the
- * long busy wait is worth its time. Otherwise a host that takes longer than the short one had better ring. */
-#define SPIN_DEEP 16
-#define SPIN_SHALLOW_NS 50000
 /* A long busy wait leaves the processor to others, if there are any. */
 #define SPIN_ALONE_NS 20000
 /* The longest one where somebody else looks for the loop at intervals only. */
@@ -50,11 +46,6 @@ static int64_t now_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
-
-static int64_t least(int64_t one, int64_t other)
-{
-    return one < other ? one : other;
 }
 
 static uint32_t distance(uint32_t from, uint32_t to, uint32_t size)
@@ -618,17 +609,9 @@ static int spin(struct ring *ring)
 {
     int64_t since, waited = 0, longest = is_page(ring) ? SPIN_PAGE_NS : ring->spin_ns;
 
-    if (distance(ring->head.seen, ring->cq_tail, ring->cq_size) > 1)
-        ring->deep = SPIN_DEEP;
-    else if (ring->deep)
-        ring->deep--;
-    if (!ring->spin_ns)
+    /* With a page nobody wakes the loop soon: it is always worth it. */
+    if (!ring->spin_ns || (!is_page(ring) && ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM))
         return 0;
-    if (!is_page(ring) && !ring->deep) {
-        if (ring->misses >= SPIN_MISSES && ++ring->idles % SPIN_SELDOM)
-            return 0;
-        longest = least(longest, SPIN_SHALLOW_NS);
-    }
     submit(ring, 0);
     since = now_ns();
     do {

@@ -124,7 +124,7 @@ struct ring {
     uint32_t region_count;
     struct ring_disk *disks;
     uint32_t disk_count;
-    int64_t spin_ns; /* the longest busy wait for a host with several commands under way */
+    int64_t spin_ns; /* the longest busy wait */
 
     struct ring_doorbell tail, head;
 
@@ -144,7 +144,6 @@ struct ring {
     int64_t unsignalled_since;
     uint32_t misses; /* busy waits in a row that met no command */
     uint32_t idles;
-    uint32_t deep; /* busy waits that are still worth it: lately the host had several completions to read */
 
     /* between threads */
     uint64_t doorbells; /* told past the controller (bells.c) */
