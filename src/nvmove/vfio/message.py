@@ -117,16 +117,20 @@ class Header(NamedTuple):
         return not self.flags & FLAG_NO_REPLY
 
 
+def _can_be(size: int) -> bool:
+    return HEADER_SIZE <= size <= MAX_MESSAGE_SIZE
+
+
 def announced_size(data: Buffer) -> int | None:
     """Return how many bytes the message has that these 16 begin; None when that cannot be."""
     size = Header(*_HEADER.unpack(data)).size
-    return size if HEADER_SIZE <= size <= MAX_MESSAGE_SIZE else None
+    return size if _can_be(size) else None
 
 
 def parse_header(data: Buffer) -> Header:
     """Decode 16 bytes; raise StreamError when what follows cannot be delimited."""
     header = Header(*_HEADER.unpack(data))
-    if announced_size(data) is None:
+    if not _can_be(header.size):
         raise StreamError(f"message of {header.size} bytes")
     if header.flags & TYPE_MASK not in {TYPE_COMMAND, TYPE_REPLY}:
         raise StreamError(f"message type {header.flags & TYPE_MASK}")
