@@ -1,5 +1,17 @@
-/* Which ring a doorbell register belongs to while its queue pair is lent, for the thread that receives the client's
- * messages: it tells the ring itself, without Python.
+/* Which ring a doorbell register belongs to while its queue pair is lent, for whoever reads the client's messages: the
+ * ring is told without Python.
+ *
+ * Who reads them: the control thread, in whose time they come; but while all that comes is doorbells, the loop that
+ * was rung last. It reads them when it has nothing else to do, so that a command wakes one thread, not two.
+ *
+ *     CONTROL  --a doorbell, of a ring whose loop attends-->  NOBODY    that loop is awake now
+ *     NOBODY   --a loop that attends goes to sleep-->         LOOP
+ *     LOOP     --it has a command, or is wanted back-->       NOBODY
+ *     LOOP     --a message that is for Python-->              CONTROL
+ *     NOBODY   --a loop is about to wait for something else, or to go to Python-->  CONTROL
+ *     NOBODY   --the control thread looks, every TICK: something has come-->        CONTROL
+ *
+ * So no message waits longer than that for I/O.
  */
 #ifndef NVMOVE_BELLS_H
 #define NVMOVE_BELLS_H
@@ -7,12 +19,25 @@
 #include <pthread.h>
 #include <stdint.h>
 
-#include "ring.h"
+#include "inbox.h"
+
+struct ring;
+
+enum reader { READER_CONTROL, READER_NOBODY, READER_LOOP };
 
 struct bells {
-    pthread_mutex_t lock;
+    pthread_mutex_t lock; /* for all but what the reader alone touches */
     uint32_t count;
     struct ring **rings; /* by doorbell cell: 2y is submission queue y's tail, 2y + 1 completion queue y's head */
+
+    enum reader reader;
+    uint32_t turns;     /* how often a loop has left the socket */
+    uint32_t rests;     /* the control thread does not look */
+    int32_t call_fd;    /* an eventfd that wakes it */
+
+    /* the reader's */
+    struct inbox inbox;
+    int32_t result; /* of `inbox_fill`, where a loop has found what is for Python */
 };
 
 int bells_init(struct bells *bells);
@@ -21,7 +46,19 @@ void bells_destroy(struct bells *bells);
 /* A cell is `ring`'s from now on, or with NULL nobody's: on return it is told nothing more. 0, or ENOMEM. */
 int bells_hang(struct bells *bells, uint32_t cell, struct ring *ring);
 
-/* A doorbell was written. 0: no ring has taken the value, it is for the controller. */
-int bells_ring(struct bells *bells, uint32_t cell, uint32_t value);
+/* The reader: a doorbell was written. 0: no ring has taken the value, it is for the controller. With `may_leave` the
+ * control thread may be the reader no more; then the inbox is no longer its own. */
+int bells_ring(struct bells *bells, uint32_t cell, uint32_t value, int may_leave);
+
+/* A loop that goes to sleep: read from now on, unless somebody else does; whether so. */
+int bells_take(struct bells *bells);
+/* The loop that reads: it has something else to do, for a short time. */
+void bells_leave(struct bells *bells);
+/* Any loop: the control thread is to read, if no other loop does. */
+void bells_give(struct bells *bells);
+/* The loop that reads: the control thread is to go on, with `result` of its `inbox_fill`. */
+void bells_return(struct bells *bells, int result);
+/* The control thread: wait while it is not the reader, and return `result`; -EAGAIN: it is to read on. */
+int bells_stand_by(struct bells *bells);
 
 #endif

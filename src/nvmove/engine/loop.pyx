@@ -12,6 +12,10 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from os import close, strerror
 from nvmove.nvme.seams import FailedCommand
 
+cdef extern from "bells.h" nogil:
+    cdef struct c_bells "bells":
+        pass
+
 cdef extern from "ring.h" nogil:
     cdef struct ring_region:
         uint64_t start
@@ -95,6 +99,7 @@ cdef extern from "ring.h" nogil:
         ring_disk *disks
         uint32_t disk_count
         int64_t spin_ns
+        c_bells *bells
         ring_doorbell tail
         ring_doorbell head
         uint32_t sq_head
@@ -131,16 +136,12 @@ cdef extern from "ring.h" nogil:
     void ring_wait(c_ring *ring)
 
 cdef extern from "bells.h" nogil:
-    cdef struct c_bells "bells":
-        pass
-
     int bells_init(c_bells *bells)
     void bells_destroy(c_bells *bells)
     int bells_hang(c_bells *bells, uint32_t cell, c_ring *ring)
 
 cdef extern from "receive.h" nogil:
-    int RECEIVE_MAX_FDS
-    int receive(int fd, uint8_t *buffer, size_t size, c_bells *bells, int *fds, uint32_t *fd_count)
+    int receive(c_bells *bells, int fd, uint8_t *buffer, size_t size, int *fds, uint32_t *fd_count)
 
 IDLE = RING_IDLE
 REVOKED = RING_REVOKED
@@ -201,7 +202,7 @@ cdef class Bells:
         cdef size_t size = len(buffer)
         cdef int result
         with nogil:
-            result = receive(fd, memory, size, &self.bells, fds, &fd_count)
+            result = receive(&self.bells, fd, memory, size, fds, &fd_count)
         found = [fds[index] for index in range(fd_count)]
         if result > 0:
             return found
@@ -225,6 +226,8 @@ cdef class Ring:
             raise OSError(error, "no eventfd")
         self.ring.spin_ns = <int64_t>spin_us * 1000
         self.bells = bells
+        if bells is not None:
+            self.ring.bells = &bells.bells
 
     def __dealloc__(self):
         ring_destroy(&self.ring)

@@ -4,18 +4,11 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 
-/* vfio-user 0.0: what a posted write of a region looks like; host order, as everywhere in it. */
+/* vfio-user 0.0: what a posted write of a region looks like. */
 #define COMMAND_REGION_WRITE 10
 #define COMMAND_REGION_WRITE_MULTI 15
 #define FLAGS_POSTED 0x10 /* a command, and nobody waits for a reply */
-
-struct header {
-    uint16_t id, command;
-    uint32_t size, flags, error;
-};
-_Static_assert(sizeof(struct header) == 16, "a header has 16 bytes");
 
 struct region_write {
     uint64_t offset;
@@ -31,55 +24,9 @@ _Static_assert(sizeof(struct region_write) == 16, "and so has what precedes the 
 #define DOORBELLS 0x1000
 #define DOORBELL_SIZE 4
 
-/* Take over the descriptors of a message. */
-static void keep_fds(struct msghdr *message, int *fds, uint32_t *fd_count)
-{
-    for (struct cmsghdr *part = CMSG_FIRSTHDR(message); part; part = CMSG_NXTHDR(message, part)) {
-        size_t count = (part->cmsg_len - CMSG_LEN(0)) / sizeof *fds;
-
-        if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS)
-            continue;
-        for (size_t i = 0; i < count; i++) {
-            int fd;
-
-            memcpy(&fd, CMSG_DATA(part) + i * sizeof fd, sizeof fd);
-            fds[(*fd_count)++] = fd;
-        }
-    }
-}
-
-/* Read exactly `length` bytes. 1; 0: the stream ends before that; or an errno, negative.
- * Without `fds` the kernel closes what descriptors come along. */
-static int read_all(int fd, uint8_t *buffer, size_t length, int *fds, uint32_t *fd_count)
-{
-    while (length) {
-        union {
-            struct cmsghdr alignment;
-            char bytes[CMSG_SPACE(RECEIVE_MAX_FDS * sizeof(int))];
-        } control;
-        struct iovec iovec = {.iov_base = buffer, .iov_len = length};
-        struct msghdr message = {.msg_iov = &iovec, .msg_iovlen = 1};
-        ssize_t count;
-
-        if (fds && !*fd_count) { /* a header comes in one piece from every client that means well */
-            message.msg_control = control.bytes;
-            message.msg_controllen = sizeof control.bytes;
-        }
-        count = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
-        if (count < 0 && errno == EINTR)
-            continue;
-        if (count <= 0)
-            return count ? -errno : 0;
-        if (message.msg_control)
-            keep_fds(&message, fds, fd_count);
-        buffer += count;
-        length -= (size_t)count;
-    }
-    return 1;
-}
-
 /* Try to hand a write over to a ring; whether one has taken it. `data` is of DOORBELL_SIZE bytes at least. */
-static int ring_one(struct bells *bells, const struct region_write *write, const uint8_t *data)
+static int ring_one(struct bells *bells, const struct region_write *write, const uint8_t *data,
+                    int may_leave)
 {
     uint32_t value;
     uint64_t cell = (write->offset - DOORBELLS) / DOORBELL_SIZE;
@@ -88,7 +35,7 @@ static int ring_one(struct bells *bells, const struct region_write *write, const
         write->offset % DOORBELL_SIZE || cell > UINT32_MAX)
         return 0;
     memcpy(&value, data, sizeof value);
-    return bells_ring(bells, (uint32_t)cell, value);
+    return bells_ring(bells, (uint32_t)cell, value, may_leave);
 }
 
 /* Hand over the writes that come first in a batch, and take those that rings took out of it: what is left keeps its
@@ -109,7 +56,7 @@ static int ring_many(struct bells *bells, struct header *header, uint8_t *payloa
         const uint8_t *at = writes + taken * MULTI_SIZE;
 
         memcpy(&write, at, sizeof write);
-        if (!ring_one(bells, &write, at + sizeof write))
+        if (!ring_one(bells, &write, at + sizeof write, 0))
             break;
         taken++;
     }
@@ -137,7 +84,7 @@ static int is_for_rings(struct bells *bells, uint8_t *buffer)
         struct region_write write;
 
         memcpy(&write, payload, sizeof write);
-        return ring_one(bells, &write, payload + sizeof write);
+        return ring_one(bells, &write, payload + sizeof write, 1);
     }
     if (header.command == COMMAND_REGION_WRITE_MULTI) {
         is_done = ring_many(bells, &header, payload);
@@ -146,24 +93,38 @@ static int is_for_rings(struct bells *bells, uint8_t *buffer)
     return is_done;
 }
 
-int receive(int fd, uint8_t *buffer, size_t size, struct bells *bells, int *fds, uint32_t *fd_count)
+int receive(struct bells *bells, int fd, uint8_t *buffer, size_t size, int *fds, uint32_t *fd_count)
 {
-    struct header header;
+    struct inbox *inbox = &bells->inbox;
+    int got = -EAGAIN;
 
-    for (;;) {
-        int got;
-
-        *fd_count = 0;
-        got = read_all(fd, buffer, sizeof header, fds, fd_count);
-        if (got <= 0)
-            return got;
-        memcpy(&header, buffer, sizeof header);
-        if (header.size < sizeof header || header.size > size)
-            return 1;
-        got = read_all(fd, buffer + sizeof header, header.size - sizeof header, NULL, NULL);
-        if (got <= 0)
-            return got;
-        if (*fd_count || !is_for_rings(bells, buffer))
-            return 1;
+    *inbox = (struct inbox){.socket = fd, .buffer = buffer, .size = size, .fds = fds};
+    while (got == -EAGAIN) {
+        got = inbox_fill(inbox, 0);
+        if (got > 0 && !inbox->fd_count) {
+            inbox_empty(inbox); /* before a loop may have it */
+            if (is_for_rings(bells, buffer))
+                got = bells_stand_by(bells);
+        }
     }
+    *fd_count = inbox->fd_count;
+    return got;
+}
+
+int receive_doorbells(struct bells *bells, const uint32_t *rung)
+{
+    struct inbox *inbox = &bells->inbox;
+
+    do {
+        int got = inbox_fill(inbox, MSG_DONTWAIT);
+
+        if (got == -EAGAIN && !inbox->got)
+            return 1;
+        if (got <= 0 || inbox->fd_count || !is_for_rings(bells, inbox->buffer)) {
+            bells_return(bells, got);
+            return 0;
+        }
+        inbox_empty(inbox);
+    } while (!__atomic_load_n(rung, __ATOMIC_SEQ_CST));
+    return 1;
 }

@@ -7,11 +7,13 @@
 
 #include "bells.h"
 
-#define RECEIVE_MAX_FDS 16 /* vfio/message.py, MAX_MSG_FDS */
+/* The control thread: wait for the next message that is for Python, and have it in `buffer`: whole, or its header alone
+ * where that announces what cannot be. Descriptors that came with it go into `fds`; they are the caller's, whatever is
+ * returned. Returns 1; 0 where the stream has ended; or an errno, negative. */
+int receive(struct bells *bells, int fd, uint8_t *buffer, size_t size, int *fds, uint32_t *fd_count);
 
-/* Wait for the next message that is for Python, and put it into `buffer`: whole, or its header alone where that
- * announces what cannot be. Descriptors that came with it go into `fds`; they are the caller's, whatever is returned.
- * Returns 1; 0 where the stream has ended; or an errno, negative. */
-int receive(int fd, uint8_t *buffer, size_t size, struct bells *bells, int *fds, uint32_t *fd_count);
+/* The loop that reads: take what has come, at least one doorbell if there is one, and more while `ring` was not rung.
+ * 0: something else has come, and the control thread reads now. */
+int receive_doorbells(struct bells *bells, const uint32_t *rung);
 
 #endif

@@ -11,6 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "receive.h"
 #include "sgl.h"
 #include "slots.h"
 
@@ -135,14 +136,58 @@ static void clear_wake(struct ring *ring)
     store_strict(ring->woken, 0);
 }
 
-/* Wait for `wake`. The caller has set `dozing`, and looked after that whether there is a reason to sleep. */
+/* --- the client's messages ---------------------------------------------------------------------------------------- */
+
+/* Be the one who reads them, if that can be; whether so. */
+static int is_reader(struct ring *ring)
+{
+    if (!ring->reads && ring->attends)
+        ring->reads = (uint32_t)bells_take(ring->bells);
+    return (int)ring->reads;
+}
+
+static void read_doorbells(struct ring *ring)
+{
+    ring->reads = (uint32_t)receive_doorbells(ring->bells, &ring->rung);
+}
+
+/* There is something to do that does not take long. */
+static void leave_messages(struct ring *ring)
+{
+    if (ring->reads)
+        bells_leave(ring->bells);
+    ring->reads = 0;
+}
+
+/* There is something that may. */
+static void give_messages(struct ring *ring)
+{
+    if (!ring->attends && !ring->reads)
+        return;
+    store(ring->attends, 0);
+    if (ring->reads)
+        bells_return(ring->bells, -EAGAIN);
+    else
+        bells_give(ring->bells);
+    ring->reads = 0;
+}
+
+/* Wait for `wake`, or if the client's messages are this loop's, for one. The caller has set `dozing`, and looked after
+ * that whether there is a reason to sleep. */
 static void doze(struct ring *ring)
 {
-    struct pollfd wanted = {.fd = ring->wake_fd, .events = POLLIN};
+    struct pollfd wanted[] = {{.fd = ring->wake_fd, .events = POLLIN},
+                              {.fd = is_reader(ring) ? ring->bells->inbox.socket : -1, .events = POLLIN}};
 
-    while (poll(&wanted, 1, -1) < 0 && errno == EINTR)
+    while (poll(wanted, 2, -1) < 0 && errno == EINTR)
         ;
-    clear_wake(ring);
+    if (wanted[0].revents)
+        clear_wake(ring);
+    if (wanted[1].revents) {
+        store_strict(ring->dozing, 0); /* who tells this ring something is this thread */
+        read_doorbells(ring);
+        store_strict(ring->dozing, 1);
+    }
 }
 
 void ring_kick(struct ring *ring)
@@ -615,8 +660,11 @@ static int spin(struct ring *ring)
     submit(ring, 0);
     since = now_ns();
     do {
-        if (waited > SPIN_ALONE_NS)
+        if (waited > SPIN_ALONE_NS) {
+            if (is_reader(ring))
+                read_doorbells(ring);
             sched_yield();
+        }
         for (int i = 0; i < 64; i++) {
             if (load_strict(ring->stop) || !look_at_both(ring) || available(ring) ||
                 (at_disks(ring) && uring_has_ended(&ring->uring))) {
@@ -649,6 +697,7 @@ static void wait_for_flight(struct ring *ring, int is_ending)
 {
     int is_stopped, has_news, waits;
 
+    give_messages(ring);
     store_strict(ring->dozing, 1);
     is_stopped = (int)load_strict(ring->stop);
     has_news = (at_disks(ring) && uring_has_ended(&ring->uring)) || (ring->marking_count && load_strict(ring->marked));
@@ -663,7 +712,7 @@ static void wait_for_flight(struct ring *ring, int is_ending)
 
 /* Run commands until there is a reason to come back. Without `may_wait` having nothing to do is one: the ring is lent
  * still, and asleep. */
-enum ring_reason ring_run(struct ring *ring, int may_wait)
+static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
 {
     uint32_t asleep = RING_ASLEEP;
     int was_busy = 0, is_odd = 0;
@@ -681,6 +730,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         if (!is_odd && !ring->failed && !load_strict(ring->stop)) {
             is_odd = !look_at_both(ring);
             count = is_odd ? 0 : available(ring);
+            if (count)
+                leave_messages(ring);
             if (count)
                 is_odd = !run_batch(ring, count);
         }
@@ -704,6 +755,8 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
             was_busy = 1;
             continue;
         }
+        if (!ring->in_flight)
+            store(ring->attends, may_attend);
         if (may_wait && was_busy && !ring->marking_count && spin(ring))
             continue;
         was_busy = 0;
@@ -722,4 +775,21 @@ enum ring_reason ring_run(struct ring *ring, int may_wait)
         if (!sleep_well(ring))
             return RING_GONE;
     }
+}
+
+/* Whether all that is done without a slot is done soon. */
+static int is_quick(const struct ring *ring)
+{
+    for (uint32_t i = 0; i < ring->disk_count; i++)
+        if (ring->disks[i].alignment > 1)
+            return 0;
+    return 1;
+}
+
+enum ring_reason ring_run(struct ring *ring, int may_wait)
+{
+    enum ring_reason reason = run(ring, may_wait, ring->bells && may_wait && is_quick(ring));
+
+    give_messages(ring);
+    return reason;
 }

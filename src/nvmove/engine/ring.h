@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "bells.h"
 #include "uring.h"
 
 #define RING_BATCH 16    /* entries fetched at a time */
@@ -125,6 +126,7 @@ struct ring {
     struct ring_disk *disks;
     uint32_t disk_count;
     int64_t spin_ns; /* the longest busy wait */
+    struct bells *bells; /* whom the client's messages are told; or NULL */
 
     struct ring_doorbell tail, head;
 
@@ -144,10 +146,12 @@ struct ring {
     int64_t unsignalled_since;
     uint32_t misses; /* busy waits in a row that met no command */
     uint32_t idles;
+    uint32_t reads; /* the client's messages */
 
     /* between threads */
     uint64_t doorbells; /* told past the controller (bells.c) */
     uint32_t state, stop, rung, kicked, dozing, woken, marked;
+    uint32_t attends; /* the loop reads the client's messages when it has nothing to do */
     int32_t wake_fd; /* an eventfd */
     pthread_mutex_t signalling;
     int32_t interrupt_fd; /* with `signalling`; < 0: the message is owed instead */
