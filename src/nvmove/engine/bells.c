@@ -8,6 +8,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "atomics.h"
 #include "ring.h"
 
 /* How often the control thread looks while a loop that should read is at work, in ms. */
@@ -70,7 +71,7 @@ int bells_ring(struct bells *bells, uint32_t cell, uint32_t value, int may_leave
         if (is_taken) {
             __atomic_fetch_add(&ring->doorbells, 1, __ATOMIC_RELAXED);
             /* Before its loop sleeps again, since that wants the lock. */
-            if (may_leave && bells->reader == READER_CONTROL && __atomic_load_n(&ring->attends, __ATOMIC_ACQUIRE))
+            if (may_leave && bells->reader == READER_CONTROL && load(ring->attends))
                 bells->reader = READER_NOBODY;
         }
     }

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "atomics.h"
+
 #define PRP_SIZE 8
 
 static struct ring_region *find(struct ring *ring, uint64_t address)
@@ -57,7 +59,7 @@ void note_written(struct ring *ring, uint64_t address, uint64_t length)
 
         /* A plain store, also where it is set: whoever has just cleared it looks at memory after that. */
         if (written)
-            __atomic_store_n(written, 1, __ATOMIC_RELEASE);
+            store(*written, 1);
         address = region && region->end < next ? region->end : next; /* a page may be of two regions */
     }
 }

@@ -5,6 +5,8 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include "atomics.h"
+
 /* vfio-user 0.0: what a posted write of a region looks like. */
 #define COMMAND_REGION_WRITE 10
 #define COMMAND_REGION_WRITE_MULTI 15
@@ -125,6 +127,6 @@ int receive_doorbells(struct bells *bells, const uint32_t *rung)
             return 0;
         }
         inbox_empty(inbox);
-    } while (!__atomic_load_n(rung, __ATOMIC_SEQ_CST));
+    } while (!load_strict(*rung));
     return 1;
 }

@@ -2,20 +2,21 @@
 #include "ring.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "receive.h"
-#include "sgl.h"
+#include "atomics.h"
+#include "completions.h"
+#include "doorbells.h"
+#include "execute.h"
+#include "marks.h"
+#include "prp.h"
 #include "slots.h"
-
-#define CQE_SIZE 16
+#include "wake.h"
 
 /* Completions of quick commands are announced together, but none waits longer for that. */
 #define SIGNAL_AFTER_NS 30000
@@ -28,30 +29,12 @@
 /* The longest one where somebody else looks for the loop at intervals only. */
 #define SPIN_PAGE_NS 300000
 
-#define load(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
-#define store(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
-#define load_strict(field) __atomic_load_n(&(field), __ATOMIC_SEQ_CST)
-#define store_strict(field, value) __atomic_store_n(&(field), (value), __ATOMIC_SEQ_CST)
-
-/* Base 2.0 3.3.3.2 */
-struct cqe {
-    uint32_t dw0, dw1;
-    uint16_t sq_head, sqid;
-    uint32_t cid_and_status; /* the phase tag is bit 16 */
-};
-_Static_assert(sizeof(struct cqe) == CQE_SIZE, "a CQE has 16 bytes");
-
 static int64_t now_ns(void)
 {
     struct timespec t;
 
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
-
-static uint32_t distance(uint32_t from, uint32_t to, uint32_t size)
-{
-    return to >= from ? to - from : to + size - from;
 }
 
 int ring_init(struct ring *ring)
@@ -109,351 +92,6 @@ int ring_begin(struct ring *ring)
     return ring->completions != NULL;
 }
 
-/* --- sleeping and waking ----------------------------------------------------------------------------------------- */
-
-static void write_event(int fd)
-{
-    uint64_t one = 1;
-
-    /* It fails only when the counter is full, and then the event is there already. */
-    while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
-        ;
-}
-
-static void wake(struct ring *ring)
-{
-    if (load_strict(ring->dozing) && !__atomic_exchange_n(&ring->woken, 1, __ATOMIC_SEQ_CST))
-        write_event(ring->wake_fd);
-}
-
-/* What `wake` has written is read; whatever it was for is still to be looked at. */
-static void clear_wake(struct ring *ring)
-{
-    uint64_t count;
-
-    if (read(ring->wake_fd, &count, sizeof count) < 0 && errno != EAGAIN && errno != EINTR)
-        return;
-    store_strict(ring->woken, 0);
-}
-
-/* --- the client's messages ---------------------------------------------------------------------------------------- */
-
-/* Be the one who reads them, if that can be; whether so. */
-static int is_reader(struct ring *ring)
-{
-    if (!ring->reads && ring->attends)
-        ring->reads = (uint32_t)bells_take(ring->bells);
-    return (int)ring->reads;
-}
-
-static void read_doorbells(struct ring *ring)
-{
-    ring->reads = (uint32_t)receive_doorbells(ring->bells, &ring->rung);
-}
-
-/* There is something to do that does not take long. */
-static void leave_messages(struct ring *ring)
-{
-    if (ring->reads)
-        bells_leave(ring->bells);
-    ring->reads = 0;
-}
-
-/* There is something that may. */
-static void give_messages(struct ring *ring)
-{
-    if (!ring->attends && !ring->reads)
-        return;
-    store(ring->attends, 0);
-    if (ring->reads)
-        bells_return(ring->bells, -EAGAIN);
-    else
-        bells_give(ring->bells);
-    ring->reads = 0;
-}
-
-/* Wait for `wake`, or if the client's messages are this loop's, for one. The caller has set `dozing`, and looked after
- * that whether there is a reason to sleep. */
-static void doze(struct ring *ring)
-{
-    struct pollfd wanted[] = {{.fd = ring->wake_fd, .events = POLLIN},
-                              {.fd = is_reader(ring) ? ring->bells->inbox.socket : -1, .events = POLLIN}};
-
-    while (poll(wanted, 2, -1) < 0 && errno == EINTR)
-        ;
-    if (wanted[0].revents)
-        clear_wake(ring);
-    if (wanted[1].revents) {
-        store_strict(ring->dozing, 0); /* who tells this ring something is this thread */
-        read_doorbells(ring);
-        store_strict(ring->dozing, 1);
-    }
-}
-
-void ring_kick(struct ring *ring)
-{
-    store_strict(ring->kicked, 1);
-    store_strict(ring->rung, 1);
-    wake(ring);
-}
-
-void ring_wait(struct ring *ring)
-{
-    store_strict(ring->dozing, 1);
-    while (!__atomic_exchange_n(&ring->kicked, 0, __ATOMIC_SEQ_CST))
-        doze(ring);
-    store_strict(ring->dozing, 0);
-}
-
-void ring_revoke(struct ring *ring)
-{
-    store_strict(ring->stop, 1);
-    wake(ring);
-}
-
-/* What `ring_take_marks` took is marked. */
-void ring_marked(struct ring *ring)
-{
-    store_strict(ring->marked, 1);
-    wake(ring);
-}
-
-/* Take a ring back whose loop sleeps; it is not woken for that. */
-int ring_take(struct ring *ring)
-{
-    uint32_t asleep = RING_ASLEEP;
-
-    return __atomic_compare_exchange_n(&ring->state, &asleep, RING_TAKEN, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
-}
-
-/* --- doorbells --------------------------------------------------------------------------------------------------- */
-
-/* Take a value over that the control thread was told; 0: it steps over more than `room` entries. Where the cell counts
- * it is a wake-up, and may be older than what the cell has. */
-static int tell(struct ring *ring, struct ring_doorbell *bell, uint32_t value, uint32_t size, uint32_t room)
-{
-    if (value >= size)
-        return 0;
-    if (!bell->cell || load(bell->late)) {
-        if (distance(bell->told, value, size) > room)
-            return 0;
-        store_strict(bell->told, value);
-    }
-    store_strict(ring->rung, 1);
-    wake(ring);
-    return 1;
-}
-
-/* Each returns whether the value is possible: the tail passes no entry that was not fetched, the head none posted. */
-
-int ring_set_tail(struct ring *ring, uint32_t tail)
-{
-    uint32_t size = ring->sq_size, waiting = distance(load(ring->sq_head), ring->tail.told, size);
-
-    return tell(ring, &ring->tail, tail, size, size - 1 - waiting);
-}
-
-int ring_set_head(struct ring *ring, uint32_t head)
-{
-    uint32_t size = ring->cq_size;
-
-    return tell(ring, &ring->head, head, size, distance(ring->head.told, load(ring->cq_tail), size));
-}
-
-/* Look at a doorbell; 0: it has a value that steps over more than `room` entries. */
-static int look(struct ring_doorbell *bell, uint32_t size, uint32_t room)
-{
-    uint32_t value;
-
-    if (bell->cell) {
-        value = load_strict(*bell->cell);
-        if (!bell->late || value != bell->untouched) {
-            store(bell->late, 0);
-            if (value >= size || distance(bell->seen, value, size) > room)
-                return 0;
-            bell->seen = value;
-            return 1;
-        }
-    }
-    bell->seen = load_strict(bell->told);
-    return 1;
-}
-
-static int look_at_both(struct ring *ring)
-{
-    uint32_t waiting = distance(ring->sq_head, ring->tail.seen, ring->sq_size);
-
-    return look(&ring->tail, ring->sq_size, ring->sq_size - 1 - waiting) &&
-           look(&ring->head, ring->cq_size, distance(ring->head.seen, ring->cq_tail, ring->cq_size));
-}
-
-static void say(struct ring_doorbell *bell, uint32_t seen)
-{
-    store_strict(*bell->event, seen);
-    if (bell->written)
-        store(*bell->written, 1);
-}
-
-/* Let the host ring from its next step on; whether it did one before that took effect, a look must show. */
-static void arm(struct ring *ring)
-{
-    uint32_t used = distance(ring->head.seen, ring->cq_tail, ring->cq_size);
-
-    if (ring->tail.event)
-        say(&ring->tail, ring->tail.seen);
-    if (ring->head.event && (ring->head.always || used == ring->cq_size - 1))
-        say(&ring->head, ring->head.seen);
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-
-/* Doorbells are in memory that the host has mapped, and a poller compares what is there with the loop's `event`. */
-static int is_page(const struct ring *ring)
-{
-    return ring->tail.cell && ring->head.always;
-}
-
-/* Let the host not ring at its next step: the loop looks by itself, and arms before it sleeps. */
-static void disarm(struct ring *ring)
-{
-    if (ring->tail.event && !is_page(ring))
-        say(&ring->tail, ring->tail.seen ? ring->tail.seen - 1 : ring->sq_size - 1);
-}
-
-/* --- interrupts -------------------------------------------------------------------------------------------------- */
-
-static void announce(struct ring *ring)
-{
-    if (!ring->unsignalled)
-        return;
-    ring->unsignalled = 0;
-    if (!ring->interrupt)
-        return;
-    pthread_mutex_lock(&ring->signalling);
-    if (ring->interrupt_fd >= 0)
-        write_event(ring->interrupt_fd);
-    else
-        ring->owed = 1;
-    pthread_mutex_unlock(&ring->signalling);
-}
-
-/* On return no interrupt is under way and none will be sent: what would have been is owed. */
-void ring_mute(struct ring *ring)
-{
-    pthread_mutex_lock(&ring->signalling);
-    ring->interrupt_fd = -1;
-    pthread_mutex_unlock(&ring->signalling);
-}
-
-/* --- commands ---------------------------------------------------------------------------------------------------- */
-
-/* How many entries can be fetched: those submitted, up to the ring's end, with room for their completions. */
-static uint32_t available(struct ring *ring)
-{
-    uint32_t count = distance(ring->sq_head, ring->tail.seen, ring->sq_size);
-    uint32_t free = ring->cq_size - 1 - distance(ring->head.seen, ring->cq_tail, ring->cq_size) - ring->in_flight;
-
-    if (ring->slots && free > ring->free_count)
-        free = ring->free_count;
-    if (count > ring->sq_size - ring->sq_head)
-        count = ring->sq_size - ring->sq_head;
-    if (count > free)
-        count = free;
-    return count > RING_BATCH ? RING_BATCH : count;
-}
-
-static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, int is_read, int count, off_t offset)
-{
-    const struct iovec *iovecs = ring->iovecs;
-    ssize_t done;
-
-    /* libc's pread and pwrite are cancellation points, which costs 4 % of a read of 4 KiB. */
-    do {
-        if (count == 1)
-            done = syscall(is_read ? SYS_pread64 : SYS_pwrite64, disk->fd, iovecs->iov_base, iovecs->iov_len, offset);
-        else if (is_read)
-            done = preadv(disk->fd, iovecs, count, offset);
-        else
-            done = pwritev(disk->fd, iovecs, count, offset);
-    } while (done < 0 && errno == EINTR);
-    return done;
-}
-
-/* Give a command to a disk that takes its time; 0: it is not as such a disk wants it. */
-static int start(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk, int count, uint64_t length,
-                 int is_durable)
-{
-    struct ring_slot *slot;
-    uint64_t bits = 0;
-
-    if (count > SLOT_IOVECS)
-        return 0;
-    for (int i = 0; i < count; i++)
-        bits |= (uintptr_t)ring->iovecs[i].iov_base | ring->iovecs[i].iov_len;
-    if (bits & (disk->alignment - 1))
-        return 0;
-    slot = slot_take(ring, sqe, disk);
-    if (!slot)
-        return 0;
-    slot_transfer(ring, slot, (uint32_t)count, sqe_lba(sqe) << disk->shift, length, is_durable);
-    return 1;
-}
-
-static void note_all(struct ring *ring, const uint64_t *addresses, const struct iovec *iovecs, uint32_t count)
-{
-    for (uint32_t i = 0; i < count; i++)
-        note_written(ring, addresses[i], iovecs[i].iov_len);
-}
-
-/* Run a command to its success, or start it. */
-static enum outcome execute(struct ring *ring, const struct sqe *sqe)
-{
-    int is_read = sqe->opcode == OPCODE_READ, is_durable, count;
-    struct ring_disk *disk;
-    uint64_t lba, blocks, length;
-
-    if (sqe->flags & FUSE || sqe->nsid >= ring->disk_count)
-        return FOR_PYTHON;
-    disk = &ring->disks[sqe->nsid];
-    if (!disk->present)
-        return FOR_PYTHON;
-    if (!is_read && sqe->opcode != OPCODE_WRITE)
-        return space_execute(ring, sqe, disk);
-    if (sqe->cdw12 & ~(NLB_MASK | FORCE_UNIT_ACCESS | LIMITED_RETRY) || (!is_read && !disk->writable))
-        return FOR_PYTHON;
-    lba = sqe_lba(sqe);
-    blocks = (sqe->cdw12 & NLB_MASK) + 1;
-    length = blocks << disk->shift;
-    if (length > ring->max_transfer || lba > disk->blocks || blocks > disk->blocks - lba)
-        return FOR_PYTHON;
-    count = data_resolve(ring, sqe, length, is_read);
-    if (count <= 0 || (is_read && ring->marks && count > MARK_RUNS))
-        return FOR_PYTHON;
-    is_durable = !is_read && must_be_durable(ring, sqe, disk);
-    if (disk->fd >= 0 && (disk->alignment > 1 || is_durable))
-        return start(ring, sqe, disk, count, length, is_durable) ? STARTED : FOR_PYTHON;
-    if (disk->fd >= 0) {
-        if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length) {
-            if (is_read && ring->tracks) /* some of it may be there */
-                note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
-            return FOR_PYTHON;
-        }
-    } else if (is_read && disk->zeroes) {
-        for (int i = 0; i < count; i++)
-            memset(ring->iovecs[i].iov_base, 0, ring->iovecs[i].iov_len);
-    }
-    ring_count(disk, is_read ? KIND_READ : KIND_WRITE, 1, length);
-    if (is_read && ring->marks) {
-        struct ring_slot *slot = slot_keep(ring, sqe, disk);
-
-        slot_data(ring, slot, (uint32_t)count, length);
-        ring->unmarked[ring->unmarked_count++] = (uint32_t)(slot - ring->slots);
-        return STARTED;
-    }
-    if (is_read && ring->tracks)
-        note_all(ring, ring->addresses, ring->iovecs, (uint32_t)count);
-    return DONE;
-}
-
 /* The entry at the head is fetched. */
 static void advance(struct ring *ring)
 {
@@ -461,84 +99,6 @@ static void advance(struct ring *ring)
 
     store(ring->sq_head, head == ring->sq_size ? 0 : head);
     store(ring->fetched, ring->fetched + 1);
-}
-
-/* Post a success. The tail moves first: who sees the entry may ring a doorbell that builds on it. */
-static void post(struct ring *ring, uint16_t cid)
-{
-    struct cqe *entry = (struct cqe *)(ring->completions + (uint64_t)ring->cq_tail * CQE_SIZE);
-    uint32_t phase = ring->phase, at = ring->cq_tail, next = at + 1;
-
-    if (next == ring->cq_size) {
-        next = 0;
-        store(ring->phase, phase ^ 1);
-    }
-    store(ring->cq_tail, next);
-    entry->dw0 = entry->dw1 = 0;
-    entry->sq_head = (uint16_t)ring->sq_head;
-    entry->sqid = ring->sqid;
-    store(entry->cid_and_status, cid | phase << 16);
-    if (ring->completions_written) /* no completion waits for this one: it is found when the loop has stopped */
-        store(ring->completions_written[(ring->cq_address % DIRTY_PAGE + (uint64_t)at * CQE_SIZE) / DIRTY_PAGE], 1);
-    ring->unsignalled++;
-}
-
-static void post_slot(struct ring *ring, uint32_t index)
-{
-    struct sqe sqe;
-
-    memcpy(&sqe, ring->slots[index].sqe, sizeof sqe);
-    ring->free_slots[ring->free_count++] = index;
-    store(ring->in_flight, ring->in_flight - 1);
-    post(ring, sqe.cid);
-}
-
-/* --- reads that wait to be marked dirty -------------------------------------------------------------------------- */
-
-void ring_take_marks(struct ring *ring)
-{
-    uint32_t taken = 0, runs = 0;
-
-    while (taken < ring->unmarked_count) {
-        runs += ring->slots[ring->unmarked[taken]].count;
-        if (taken && runs > MARK_RUNS)
-            break;
-        ring->marking[taken] = ring->unmarked[taken];
-        taken++;
-    }
-    ring->unmarked_count -= taken;
-    memmove(ring->unmarked, ring->unmarked + taken, ring->unmarked_count * sizeof *ring->unmarked);
-    store(ring->marked, 0);
-    ring->marking_count = taken;
-}
-
-/* Whether it is time to mark: one batch at a time, as large as it gets, since its answer takes long. */
-static int has_marks(const struct ring *ring, int is_idle)
-{
-    int is_full = ring->unmarked_count >= MARK_READS;
-
-    return ring->unmarked_count && !ring->marking_count && (is_idle || is_full || ring->failed);
-}
-
-static void post_marked(struct ring *ring)
-{
-    if (!ring->marking_count || !load_strict(ring->marked))
-        return;
-    for (uint32_t i = 0; i < ring->marking_count; i++)
-        post_slot(ring, ring->marking[i]);
-    ring->marking_count = 0;
-}
-
-/* The pair is wanted back: what nobody has begun to mark is noted instead, and complete. */
-static void give_up_marks(struct ring *ring)
-{
-    for (uint32_t i = 0; i < ring->unmarked_count; i++) {
-        const struct ring_slot *slot = &ring->slots[ring->unmarked[i]];
-
-        note_all(ring, slot->addresses, slot->iovecs, slot->count);
-        post_slot(ring, ring->unmarked[i]);
-    }
-    ring->unmarked_count = 0;
 }
 
 /* Take what has ended at disks that take their time, and go on where there is more to do: successes are posted, the rest is
@@ -631,8 +191,6 @@ static int run_batch(struct ring *ring, uint32_t count)
     }
     return 1;
 }
-
-/* --- the loop ---------------------------------------------------------------------------------------------------- */
 
 static void relax(void)
 {

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
-#define store(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
+#include "atomics.h"
 
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
 {

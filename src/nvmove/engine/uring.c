@@ -8,8 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define load(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
-#define store(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
+#include "atomics.h"
 
 static uint64_t larger(uint64_t one, uint64_t other)
 {

@@ -1,0 +1,26 @@
+/* How the loop of ring.c sleeps, and reads the client's messages meanwhile; and how it is woken. */
+#ifndef NVMOVE_WAKE_H
+#define NVMOVE_WAKE_H
+
+#include "ring.h"
+
+void write_event(int fd);
+
+/* Any thread: there is something to look at. */
+void wake(struct ring *ring);
+/* What `wake` has written is read; whatever it was for is still to be looked at. */
+void clear_wake(struct ring *ring);
+/* Wait for `wake`, or if the client's messages are this loop's, for one. The caller has set `dozing`, and looked after
+ * that whether there is a reason to sleep. */
+void doze(struct ring *ring);
+
+/* Be the one who reads the client's messages, if that can be; whether so. */
+int is_reader(struct ring *ring);
+/* The reader: take what has come. */
+void read_doorbells(struct ring *ring);
+/* There is something to do that does not take long. */
+void leave_messages(struct ring *ring);
+/* There is something that may. */
+void give_messages(struct ring *ring);
+
+#endif
