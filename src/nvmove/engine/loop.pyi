@@ -8,7 +8,13 @@ GONE: int
 ODD: int
 MARK: int
 
+CONTROL: int
+NOBODY: int
+LOOP: int
+
 class Bells:
+    @property
+    def reader(self) -> int: ...
     def receive(self, sock: socket, buffer: memoryview) -> list[int] | None: ...
 
 class Ring:

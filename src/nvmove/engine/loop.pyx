@@ -13,8 +13,13 @@ from os import close, strerror
 from nvmove.nvme.seams import FailedCommand
 
 cdef extern from "bells.h" nogil:
+    cdef enum reader:
+        READER_CONTROL
+        READER_NOBODY
+        READER_LOOP
+
     cdef struct c_bells "bells":
-        pass
+        reader reader
 
 cdef extern from "ring.h" nogil:
     cdef struct ring_region:
@@ -149,6 +154,10 @@ GONE = RING_GONE
 ODD = RING_ODD
 MARK = RING_MARK
 
+CONTROL = READER_CONTROL
+NOBODY = READER_NOBODY
+LOOP = READER_LOOP
+
 
 cdef void *address(view) except NULL:
     """Where a view's memory is; who keeps the view keeps it there."""
@@ -192,6 +201,11 @@ cdef class Bells:
 
     def __dealloc__(self):
         bells_destroy(&self.bells)
+
+    @property
+    def reader(self):
+        """Who reads the client's messages: `CONTROL`, `NOBODY` or `LOOP` (bells.h)."""
+        return self.bells.reader
 
     def receive(self, sock, buffer):
         """As `nvmove.vfio.receive.Receiver`."""
