@@ -3,9 +3,13 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "clock.h"
 #include "doorbells.h"
 #include "sqe.h"
 #include "wake.h"
+
+/* How long the host may take from an interrupt to the doorbell that tells what it has consumed. */
+#define EXPECTED_NS 100000
 
 /* Base 2.0 3.3.3.2 */
 struct cqe {
@@ -22,12 +26,29 @@ void announce(struct ring *ring)
     ring->unsignalled = 0;
     if (!ring->interrupt)
         return;
+    ring->announced = ring->cq_tail;
+    ring->announced_at = now_ns();
     pthread_mutex_lock(&ring->signalling);
     if (ring->interrupt_fd >= 0)
         write_event(ring->interrupt_fd);
     else
         ring->owed = 1;
     pthread_mutex_unlock(&ring->signalling);
+}
+
+/* Whether the host has been told of an entry that it has not consumed, a short while ago. */
+static int is_expected(const struct ring *ring)
+{
+    uint32_t unread = distance(ring->head.seen, ring->cq_tail, ring->cq_size);
+
+    return ring->head.cell && !ring->head.late && unread > distance(ring->announced, ring->cq_tail, ring->cq_size) &&
+           now_ns() - ring->announced_at < EXPECTED_NS;
+}
+
+void announce_unless_expected(struct ring *ring)
+{
+    if (ring->unsignalled && !(ring->interrupt && is_expected(ring)))
+        announce(ring);
 }
 
 /* On return no interrupt is under way and none will be sent: what would have been is owed. */

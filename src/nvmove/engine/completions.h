@@ -14,5 +14,8 @@ void post(struct ring *ring, uint16_t cid);
 void post_slot(struct ring *ring, uint32_t index);
 /* Tell the host of what was posted and it has not been told of. */
 void announce(struct ring *ring);
+/* The same, unless the host has yet to consume what it was told of before: it looks for more then, and says with the
+ * doorbell how far it came. Not where the loop may not look at that soon again. */
+void announce_unless_expected(struct ring *ring);
 
 #endif

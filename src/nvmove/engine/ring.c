@@ -6,10 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "atomics.h"
+#include "clock.h"
 #include "completions.h"
 #include "doorbells.h"
 #include "execute.h"
@@ -28,14 +28,6 @@
 #define SPIN_ALONE_NS 20000
 /* The longest one where somebody else looks for the loop at intervals only. */
 #define SPIN_PAGE_NS 300000
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
 
 int ring_init(struct ring *ring)
 {
@@ -87,6 +79,8 @@ int ring_begin(struct ring *ring)
             ring->slots[i].failed = 0;
     }
     ring->free_count = RING_SLOTS;
+    ring->announced = ring->cq_tail;
+    ring->announced_at = 0;
     ring->completions = region_at(ring, ring->cq_address, (uint64_t)ring->cq_size * CQE_SIZE, 1);
     ring->completions_written = written_at(ring, ring->cq_address);
     return ring->completions != NULL;
@@ -184,7 +178,7 @@ static int run_batch(struct ring *ring, uint32_t count)
                 ring->unsignalled_since = now;
             post(ring, batch[i].cid);
             if (now - ring->unsignalled_since > SIGNAL_AFTER_NS)
-                announce(ring);
+                announce_unless_expected(ring);
         } else {
             post(ring, batch[i].cid);
         }
@@ -231,6 +225,7 @@ static int spin(struct ring *ring)
             }
             relax();
         }
+        announce_unless_expected(ring);
         waited = now_ns() - since;
     } while (waited < longest);
     ring->misses++;
@@ -297,7 +292,10 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
             submit(ring, 0);
         if (load_strict(ring->stop))
             give_up_marks(ring);
-        announce(ring);
+        if (is_odd || ring->failed || ring->in_flight || load_strict(ring->stop))
+            announce(ring);
+        else
+            announce_unless_expected(ring);
         if (has_marks(ring, !count || is_odd)) {
             submit(ring, 0);
             return RING_MARK;
@@ -317,6 +315,7 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
             store(ring->attends, may_attend);
         if (may_wait && was_busy && !ring->marking_count && spin(ring))
             continue;
+        announce(ring);
         was_busy = 0;
         arm(ring);
         if (!look_at_both(ring) || available(ring))

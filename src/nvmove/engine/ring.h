@@ -144,6 +144,8 @@ struct ring {
     uint8_t *completions_written;
     uint32_t unsignalled; /* completions that the host was not told of */
     int64_t unsignalled_since;
+    uint32_t announced; /* how far the completion queue was filled when it was told something last */
+    int64_t announced_at;
     uint32_t misses; /* busy waits in a row that met no command */
     uint32_t idles;
     uint32_t reads; /* the client's messages */
