@@ -43,7 +43,7 @@ def make_boot_disk(sysroot: Sysroot, image: Path) -> Path:
         _mtools(sysroot, "mformat", partition, "-F", "-T", str(_PARTITION_SECTORS), "-H", str(_PARTITION_START), "::")
         _mtools(sysroot, "mmd", partition, "::/EFI", "::/EFI/BOOT")
         _mtools(sysroot, "mcopy", partition, str(efi), "::/EFI/BOOT/BOOTX64.EFI")
-        _mtools(sysroot, "mcopy", partition, str(sysroot.kernel), "::/vmlinuz")
+        _mtools(sysroot, "mcopy", partition, str(sysroot.packed_kernel), "::/vmlinuz")
         _mtools(sysroot, "mcopy", partition, str(sysroot.initrd), "::/initrd.cpio")
 
         boot = (sysroot.path / "usr/lib/grub/i386-pc/boot.img").read_bytes()

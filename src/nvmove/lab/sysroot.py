@@ -21,7 +21,12 @@ class Sysroot:
 
     @property
     def kernel(self) -> Path:
-        """The guest's Linux."""
+        """The guest's Linux, as QEMU starts it soonest: not packed."""
+        return self.path / "guest" / "vmlinux"
+
+    @property
+    def packed_kernel(self) -> Path:
+        """The same as boot loaders want it."""
         return self.path / "guest" / "vmlinuz"
 
     @property
