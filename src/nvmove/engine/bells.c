@@ -5,30 +5,32 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
+#include <time.h>
 
 #include "atomics.h"
 #include "ring.h"
 
-/* How often the control thread looks while a loop that should read is at work, in ms. */
-#define TICK 1
+/* How often the control thread looks while a loop that should read is at work. */
+#define TICK_NS 1000000
 
 int bells_init(struct bells *bells)
 {
+    pthread_condattr_t monotonic;
+    int error;
+
     memset(bells, 0, sizeof *bells);
     bells->result = -EAGAIN;
-    bells->call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (bells->call_fd < 0)
-        return errno;
-    return pthread_mutex_init(&bells->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    error = pthread_cond_init(&bells->called, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    return error ? error : pthread_mutex_init(&bells->lock, NULL);
 }
 
 void bells_destroy(struct bells *bells)
 {
     free(bells->rings);
-    if (bells->call_fd >= 0)
-        close(bells->call_fd);
+    pthread_cond_destroy(&bells->called);
     pthread_mutex_destroy(&bells->lock);
 }
 
@@ -84,11 +86,8 @@ int bells_ring(struct bells *bells, uint32_t cell, uint32_t value, int may_leave
 /* With the lock: wake the control thread from `bells_stand_by`. */
 static void call(struct bells *bells)
 {
-    uint64_t one = 1;
-
     bells->rests = 0;
-    while (write(bells->call_fd, &one, sizeof one) < 0 && errno == EINTR)
-        ;
+    pthread_cond_signal(&bells->called);
 }
 
 int bells_take(struct bells *bells)
@@ -132,30 +131,36 @@ void bells_return(struct bells *bells, int result)
     pthread_mutex_unlock(&bells->lock);
 }
 
+/* With the lock: wait for a call, or a tick; whether that is over. */
+static int wait_tick(struct bells *bells)
+{
+    struct timespec until;
+
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += TICK_NS;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    return pthread_cond_timedwait(&bells->called, &bells->lock, &until) == ETIMEDOUT;
+}
+
 int bells_stand_by(struct bells *bells)
 {
+    struct pollfd come = {.fd = bells->inbox.socket, .events = POLLIN};
     uint32_t turns;
     int result;
 
     pthread_mutex_lock(&bells->lock);
     turns = bells->turns;
     while (bells->reader != READER_CONTROL) {
-        struct pollfd called = {.fd = bells->call_fd, .events = POLLIN};
-        struct pollfd come = {.fd = bells->inbox.socket, .events = POLLIN};
-        int was_called, timeout = bells->rests ? -1 : TICK;
-
-        pthread_mutex_unlock(&bells->lock);
-        was_called = poll(&called, 1, timeout) > 0;
-        pthread_mutex_lock(&bells->lock);
-        if (was_called) {
-            uint64_t count;
-
-            while (read(bells->call_fd, &count, sizeof count) < 0 && errno == EINTR)
-                ;
-        } else if (bells->reader == READER_NOBODY && poll(&come, 1, 0) > 0) {
-            bells->reader = READER_CONTROL;
-        } else if (bells->reader == READER_LOOP && bells->turns == turns) {
-            bells->rests = 1; /* nothing has happened for a while */
+        if (bells->rests)
+            pthread_cond_wait(&bells->called, &bells->lock);
+        else if (wait_tick(bells)) {
+            if (bells->reader == READER_NOBODY && poll(&come, 1, 0) > 0)
+                bells->reader = READER_CONTROL;
+            else if (bells->reader == READER_LOOP && bells->turns == turns)
+                bells->rests = 1; /* nothing has happened for a while */
         }
         turns = bells->turns;
     }

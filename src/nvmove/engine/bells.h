@@ -31,9 +31,9 @@ struct bells {
     struct ring **rings; /* by doorbell cell: 2y is submission queue y's tail, 2y + 1 completion queue y's head */
 
     enum reader reader;
-    uint32_t turns;     /* how often a loop has left the socket */
-    uint32_t rests;     /* the control thread does not look */
-    int32_t call_fd;    /* an eventfd that wakes it */
+    uint32_t turns;        /* how often a loop has left the socket */
+    uint32_t rests;        /* the control thread does not look */
+    pthread_cond_t called; /* wakes it */
 
     /* the reader's */
     struct inbox inbox;
