@@ -94,13 +94,15 @@ def test_an_abort_of_the_guests_finds_a_held_command_and_the_guest_goes_on(
     abort = f"nvme admin-passthru /dev/nvme0 --opcode=8 --cdw10={command}"
 
     # A command is held for moments before the VM stops. QEMU's main loop, without which it does not, makes them longer.
+    aborts = []  # one that came too late to be seen in its round may be what finds the command in the next
     for seconds in (1, 2, 4, 8, 16):
+        aborts.append(f"abort{seconds}")
         rule = fault(machine, op="write", errno="ENOSPC", delay=HOUR)
         cont(machine)
         wait_hits(machine, rule, 1)
         assert console.check(abort).endswith("0x00000001"), "what is at the disk is not aborted"
         # The guest's timers are the main loop's: it counts instead of sleeping.
-        start(console, f"i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; {abort}", f"abort{seconds}")
+        start(console, f"i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; {abort}", aborts[-1])
         with main_loop_stopped(machine):
             qmp.execute("nvmove-fault-remove", {"id": rule})
             time.sleep(seconds)
@@ -110,8 +112,9 @@ def test_an_abort_of_the_guests_finds_a_held_command_and_the_guest_goes_on(
         if not held_commands(machine, image, f"t{seconds}"):
             break
     cont(machine)
-    status, said = ended(console, f"abort{seconds}")
-    assert (status, said.split()[-1]) == (0, "0x00000000")
+    answers = [ended(console, name) for name in aborts]
+    assert [status for status, _ in answers] == [0] * len(aborts)
+    assert [said.split()[-1] for _, said in answers].count("0x00000000") == 1
     assert ended(console, "write")[0] == 0, "Linux tries an aborted write again"
     assert disk_complaints(console) == []
     assert (qmp.status, io_status(machine)) == ("running", "ok")
