@@ -10,6 +10,7 @@ from typing import Any
 
 from nvmove.lab.machine import nvmove_command
 from nvmove.lab.processes import Marked, marked
+from tests.guest.command_lines import command_lines_with
 
 
 def start(work: Path, *words: str) -> Marked:
@@ -90,21 +91,10 @@ def test_ctrl_c_leaves_nothing(work: Path) -> None:
     while not list(work.glob("*/s-null*")):  # before anything is measured
         assert time.monotonic() < deadline, run.output
         time.sleep(0.05)
-    assert processes_of(work)
+    assert command_lines_with(f"{work}/nvmove-bench")
     run.process.send_signal(signal.SIGINT)
     assert run.wait(180) == 130, run.output  # a measurement that has begun ends first
     assert marked(run.mark) == []
     assert [path.name for path in work.iterdir()] == ["said"]
     assert left_in_memory() <= before  # a start removes what a killed run has left
-    assert processes_of(work) == []
-
-
-def processes_of(work: Path) -> list[Path]:
-    """What has this directory in its command line: the benchmark marks its processes anew."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            found += [proc] if f"{work}/nvmove-bench".encode() in proc.read_bytes() else []
-        except OSError:
-            continue  # it has ended
-    return found
+    assert command_lines_with(f"{work}/nvmove-bench") == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nvmove.lab.machine import nvmove_command
 from nvmove.lab.processes import Marked, wait_gone
+from tests.guest.command_lines import command_lines_with
 
 
 def start(work: Path) -> Marked:
@@ -33,18 +34,6 @@ def test_ctrl_c_leaves_nothing(work: Path) -> None:
     assert wait_gone(demo.mark, 30) == []
     assert [path.name for path in work.iterdir()] == ["said"]
     deadline = time.monotonic() + 30
-    while left := processes_of(work):
+    while left := command_lines_with(str(work)):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
-
-
-def processes_of(work: Path) -> list[str]:
-    """The command lines that have this directory in them."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = proc.read_bytes()
-        except OSError:
-            continue  # it has ended
-        found += [line.decode(errors="replace")] if str(work).encode() in line else []
-    return found

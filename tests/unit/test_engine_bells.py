@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.nvme_host import DATA, Host
+from tests.posted import posted
+from tests.waiting import wait
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
@@ -69,12 +71,6 @@ def wired(receiver: Receiver) -> Iterator[Wire]:
         yield wire
     finally:
         wire.close()
-
-
-def posted(offset: int, value: int, count: int = 4, region: int = BAR0_REGION) -> bytes:
-    access = RegionAccess(offset, region, count, value.to_bytes(count, "little"))
-    payload = message.region_access_payload(access)
-    return message.command(1, Command.REGION_WRITE, payload, message.FLAG_NO_REPLY)
 
 
 def batch(*writes: tuple[int, int]) -> bytes:
@@ -218,15 +214,6 @@ def test_a_sleeping_loop_is_woken_by_a_message() -> None:
                 assert wire.passed(posted(HEAD1, rig.cqs[1].head)) == []
     finally:
         engine.close()
-
-
-def wait(is_so: object) -> None:
-    assert callable(is_so)
-    for _ in range(20_000):
-        if is_so():
-            return
-        threading.Event().wait(0.001)
-    raise AssertionError("it does not come")
 
 
 # --- as the plain receiver -------------------------------------------------------------------------------------------

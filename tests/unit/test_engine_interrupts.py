@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import random
 import select
-import threading
 from collections.abc import Iterator
 
 import pytest
 from tests.nvme_host import Completion
 from tests.nvme_shadow import ShadowHost
+from tests.waiting import wait
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
@@ -97,10 +97,7 @@ class Threaded(ShadowHost):
 
     def command(self, qid: int, opcode: int, **fields: int) -> Completion:
         self.submit(qid, opcode, **fields)
-        for _ in range(30_000):
-            if self.peek(self.rings[qid].cq.cqid) is not None:
-                break
-            threading.Event().wait(0.001)
+        wait(lambda: self.peek(self.rings[qid].cq.cqid) is not None)
         [completion] = self.reap(self.rings[qid].cq.cqid)
         return completion
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable
 
 import pytest
 from tests.nvme_host import DATA, Completion, Host
@@ -14,6 +13,7 @@ from tests.precopy import CopiedRam
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
 from tests.rings import InlineRings, LentDisk, LentLines
+from tests.waiting import wait
 
 from nvmove.block.backend import Operation
 from nvmove.engine.compiled import CompiledEngine
@@ -24,15 +24,6 @@ from nvmove.vfio.dirty import PAGE, DirtyLog
 
 PAGES, SHADOWS = 0x200, 0x1E_0000
 LONG = 20
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    """Wait for what other threads do."""
-    for _ in range(200_000):
-        if condition():
-            return
-        threading.Event().wait(0.0001)
-    raise AssertionError("it never came")
 
 
 class Rig(Host):

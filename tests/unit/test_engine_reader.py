@@ -9,12 +9,14 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from typing import cast
 
 import pytest
 from tests.nvme_host import DATA, Host
+from tests.posted import posted
+from tests.waiting import PATIENCE, wait
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
@@ -24,11 +26,7 @@ from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme.spec import DOORBELLS, Nvm
 from nvmove.vfio import message
-from nvmove.vfio.device import BAR0_REGION
-from nvmove.vfio.message import Command, RegionAccess
-
-PATIENCE = 30
-"""Seconds."""
+from nvmove.vfio.message import Command
 
 
 class Client:
@@ -55,14 +53,14 @@ class Client:
             dwords = (15 << 16 | qid, cdw11, 0, 0, 0, 0)
             host.put(0, struct.pack("<BBHI4Q6I", opcode, 0, host.cid, 0, 0, 0, prp1, 0, *dwords))
             host.ring_sq(0)
-            self.wait(lambda: host.peek(0) is not None)
+            wait(lambda: host.peek(0) is not None)
             host.reap(0)
         host.new_cq(qid, 0x3_0000 + 0x1000 * qid, 16)
         host.new_sq(qid, 0x9_0000 + 0x1000 * qid, 16, qid)
         self.put(qid)  # the queue is lent when it has run its first command
         host.ring_sq(qid)
         self.reap(qid)
-        self.wait(lambda: qid in host.controller.inspect()["live"]["lent"])
+        wait(lambda: qid in host.controller.inspect()["live"]["lent"])
 
     def _receive(self) -> None:
         buffer = memoryview(bytearray(message.MAX_MESSAGE_SIZE))
@@ -71,16 +69,8 @@ class Client:
             self.passed.put((bytes(buffer[:size]), fds))
         self.passed.put(None)
 
-    @staticmethod
-    def wait(is_so: Callable[[], bool]) -> None:
-        for _ in range(PATIENCE * 1000):
-            if is_so():
-                return
-            threading.Event().wait(0.001)
-        raise AssertionError("it does not come")
-
     def wait_reader(self, reader: int) -> None:
-        self.wait(lambda: self.bells.reader == reader)
+        wait(lambda: self.bells.reader == reader)
 
     def put(self, qid: int = 1, opcode: Nvm = Nvm.READ, prp1: int = DATA) -> int:
         """Put a command into a queue without a doorbell; return its tail."""
@@ -94,7 +84,7 @@ class Client:
     def reap(self, qid: int = 1, count: int = 1) -> None:
         """Wait for completions and consume them, by doorbell message where there is one who reads."""
         while count > 0:
-            self.wait(lambda: self.host.peek(qid) is not None)
+            wait(lambda: self.host.peek(qid) is not None)
             count -= len(self.host.reap(qid, doorbell=not self.control.is_alive()))
         assert count == 0
         if self.control.is_alive():
@@ -108,7 +98,7 @@ class Client:
         """Make the loop the reader; it has read all that was sent."""
         before = self.host.controller.inspect()["live"]["doorbell_writes"]
         self.command()
-        self.wait(lambda: self.host.controller.inspect()["live"]["doorbell_writes"] >= before + 2)
+        wait(lambda: self.host.controller.inspect()["live"]["doorbell_writes"] >= before + 2)
         self.wait_reader(loop.LOOP)
 
     def next(self) -> tuple[bytes, list[int]] | None:
@@ -125,11 +115,6 @@ class Client:
         assert not self.control.is_alive()
         self.ours.close()
         self.engine.close()
-
-
-def posted(offset: int, value: int) -> bytes:
-    payload = message.region_access_payload(RegionAccess(offset, BAR0_REGION, 4, value.to_bytes(4, "little")))
-    return message.command(1, Command.REGION_WRITE, payload, message.FLAG_NO_REPLY)
 
 
 def tail(qid: int, value: int) -> bytes:

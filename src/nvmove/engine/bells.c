@@ -1,4 +1,3 @@
-#define _GNU_SOURCE
 #include "bells.h"
 
 #include <errno.h>

@@ -8,7 +8,7 @@
  *     NOBODY   --a loop that attends goes to sleep-->         LOOP
  *     LOOP     --it has a command, or is wanted back-->       NOBODY
  *     LOOP     --a message that is for Python-->              CONTROL
- *     NOBODY   --a loop is about to wait for something else, or to go to Python-->  CONTROL
+ *     NOBODY, LOOP  --a loop is about to wait for something else, or to go to Python-->  CONTROL
  *     NOBODY   --the control thread looks, every TICK: something has come-->        CONTROL
  *
  * So no message waits longer than that for I/O.

@@ -1,4 +1,3 @@
-#define _GNU_SOURCE
 #include "wake.h"
 
 #include <errno.h>
@@ -32,7 +31,6 @@ void clear_wake(struct ring *ring)
     store_strict(ring->woken, 0);
 }
 
-/* Be the one who reads them, if that can be; whether so. */
 int is_reader(struct ring *ring)
 {
     if (!ring->reads && ring->attends)

@@ -4,6 +4,7 @@
 
 #include "ring.h"
 
+/* Make an eventfd readable. */
 void write_event(int fd);
 
 /* Any thread: there is something to look at. */
