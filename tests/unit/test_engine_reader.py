@@ -32,7 +32,8 @@ from nvmove.vfio.message import Command
 class Client:
     """A host whose doorbells are messages, and a control thread that passes on what comes to Python."""
 
-    def __init__(self, queues: int = 1, disk: LentDisk | None = None) -> None:
+    def __init__(self, queues: int = 1, disk: LentDisk | None = None, entries: int = 16) -> None:
+        self.entries = entries
         self.engine = CompiledEngine(spin_us=0)
         self.host = Host(ram=LentRam(), lines=LentLines(), disk=disk or LentDisk(), engine=self.engine)
         assert isinstance(self.engine.receiver, loop.Bells)
@@ -50,13 +51,13 @@ class Client:
         for opcode, cdw11 in ((5, 1), (1, qid << 16 | 1)):
             host.cid += 1
             prp1 = (0x3_0000 if opcode == 5 else 0x9_0000) + 0x1000 * qid
-            dwords = (15 << 16 | qid, cdw11, 0, 0, 0, 0)
+            dwords = (self.entries - 1 << 16 | qid, cdw11, 0, 0, 0, 0)
             host.put(0, struct.pack("<BBHI4Q6I", opcode, 0, host.cid, 0, 0, 0, prp1, 0, *dwords))
             host.ring_sq(0)
             wait(lambda: host.peek(0) is not None)
             host.reap(0)
-        host.new_cq(qid, 0x3_0000 + 0x1000 * qid, 16)
-        host.new_sq(qid, 0x9_0000 + 0x1000 * qid, 16, qid)
+        host.new_cq(qid, 0x3_0000 + 0x1000 * qid, self.entries)
+        host.new_sq(qid, 0x9_0000 + 0x1000 * qid, self.entries, qid)
         self.put(qid)  # the queue is lent when it has run its first command
         host.ring_sq(qid)
         self.reap(qid)
@@ -72,10 +73,11 @@ class Client:
     def wait_reader(self, reader: int) -> None:
         wait(lambda: self.bells.reader == reader)
 
-    def put(self, qid: int = 1, opcode: Nvm = Nvm.READ, prp1: int = DATA) -> int:
+    def put(self, qid: int = 1, opcode: Nvm = Nvm.READ, prp1: int = DATA, prp2: int = 0, blocks: int = 1) -> int:
         """Put a command into a queue without a doorbell; return its tail."""
         self.host.cid += 1
-        self.host.put(qid, struct.pack("<BBHI4Q6I", opcode, 0, self.host.cid, 1, 0, 0, prp1, 0, *[0] * 6))
+        cdw = (0, 0, blocks - 1, 0, 0, 0)
+        self.host.put(qid, struct.pack("<BBHI4Q6I", opcode, 0, self.host.cid, 1, 0, 0, prp1, prp2, *cdw))
         return self.host.rings[qid].tail
 
     def ring(self, qid: int = 1, **kind: int) -> None:
@@ -276,3 +278,27 @@ def test_while_a_loop_is_held_up_the_control_thread_reads(client: Client) -> Non
         missing.close()
         client.reap(count=2)
         client.settle()
+
+
+def test_a_loop_that_is_always_at_work_looks_for_messages_itself() -> None:
+    """The control thread finds one, too, but looks more often after that."""
+    client = Client(entries=512)
+    host = client.host
+    pages, prp_list = range(0x20_0000, 0x28_0000, 0x1000), 0x1F_0000
+    host.ram.write(prp_list, struct.pack(f"<{len(pages) - 1}Q", *pages[1:]))
+    try:
+        for _ in range(50):
+            client.settle()
+            wait(lambda: client.bells.tick_ns > 1_000_000)
+            for _ in range(500):
+                end = client.put(prp1=pages[0], prp2=prp_list, blocks=len(pages) * 8)
+            client.theirs.sendall(tail(1, end))
+            client.theirs.sendall(ODD)
+            assert client.next() == (ODD, [])
+            was_found_by_the_loop = client.bells.tick_ns > 1_000_000
+            client.reap(count=500)
+            if was_found_by_the_loop:
+                break
+        assert was_found_by_the_loop
+    finally:
+        client.close()

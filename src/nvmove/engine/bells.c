@@ -9,8 +9,9 @@
 #include "atomics.h"
 #include "ring.h"
 
-/* How often the control thread looks while a loop that should read is at work. */
+/* How long the control thread does not look while a loop that should read is at work. */
 #define TICK_NS 1000000
+#define LONGEST_TICK_NS (16 * TICK_NS)
 
 int bells_init(struct bells *bells)
 {
@@ -19,6 +20,7 @@ int bells_init(struct bells *bells)
 
     memset(bells, 0, sizeof *bells);
     bells->result = -EAGAIN;
+    bells->tick_ns = TICK_NS;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     error = pthread_cond_init(&bells->called, &monotonic);
@@ -136,7 +138,7 @@ static int wait_tick(struct bells *bells)
     struct timespec until;
 
     clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += TICK_NS;
+    until.tv_nsec += bells->tick_ns;
     if (until.tv_nsec >= 1000000000) {
         until.tv_nsec -= 1000000000;
         until.tv_sec++;
@@ -156,9 +158,14 @@ int bells_stand_by(struct bells *bells)
         if (bells->rests)
             pthread_cond_wait(&bells->called, &bells->lock);
         else if (wait_tick(bells)) {
-            if (bells->reader == READER_NOBODY && poll(&come, 1, 0) > 0)
+            if (bells->reader == READER_NOBODY && poll(&come, 1, 0) > 0) {
                 bells->reader = READER_CONTROL;
-            else if (bells->reader == READER_LOOP && bells->turns == turns)
+                bells->tick_ns = TICK_NS;
+                break;
+            }
+            if (bells->tick_ns < LONGEST_TICK_NS)
+                bells->tick_ns *= 2;
+            if (bells->reader == READER_LOOP && bells->turns == turns)
                 bells->rests = 1; /* nothing has happened for a while */
         }
         turns = bells->turns;

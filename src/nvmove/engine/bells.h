@@ -8,10 +8,12 @@
  *     NOBODY   --a loop that attends goes to sleep-->         LOOP
  *     LOOP     --it has a command, or is wanted back-->       NOBODY
  *     LOOP     --a message that is for Python-->              CONTROL
+ *     NOBODY   --a loop that attends was at commands for a while-->  LOOP, which looks, and goes on
  *     NOBODY, LOOP  --a loop is about to wait for something else, or to go to Python-->  CONTROL
- *     NOBODY   --the control thread looks, every TICK: something has come-->        CONTROL
+ *     NOBODY   --the control thread looks, after a tick: something has come-->      CONTROL
  *
- * So no message waits longer than that for I/O.
+ * So no message waits longer than a tick for I/O. A tick is short where loops were found held up, and gets longer while
+ * they look themselves.
  */
 #ifndef NVMOVE_BELLS_H
 #define NVMOVE_BELLS_H
@@ -33,6 +35,7 @@ struct bells {
     enum reader reader;
     uint32_t turns;        /* how often a loop has left the socket */
     uint32_t rests;        /* the control thread does not look */
+    int64_t tick_ns;       /* how long it does not */
     pthread_cond_t called; /* wakes it */
 
     /* the reader's */

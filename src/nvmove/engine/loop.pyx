@@ -20,6 +20,7 @@ cdef extern from "bells.h" nogil:
 
     cdef struct c_bells "bells":
         reader reader
+        int64_t tick_ns
 
 cdef extern from "ring.h" nogil:
     cdef struct ring_region:
@@ -206,6 +207,11 @@ cdef class Bells:
     def reader(self):
         """Who reads the client's messages: `CONTROL`, `NOBODY` or `LOOP` (bells.h)."""
         return self.bells.reader
+
+    @property
+    def tick_ns(self):
+        """After how long the control thread looks for messages while a loop that should is at work."""
+        return self.bells.tick_ns
 
     def receive(self, sock, buffer):
         """As `nvmove.vfio.receive.Receiver`."""

@@ -309,6 +309,7 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
         }
         if (count) {
             was_busy = 1;
+            look_at_messages(ring);
             continue;
         }
         if (!ring->in_flight)

@@ -149,6 +149,7 @@ struct ring {
     uint32_t misses; /* busy waits in a row that met no command */
     uint32_t idles;
     uint32_t reads; /* the client's messages */
+    int64_t left_at; /* when it ceased to; 0: it has not, or somebody else may read by now */
 
     /* between threads */
     uint64_t doorbells; /* told past the controller (bells.c) */

@@ -21,6 +21,8 @@ int is_reader(struct ring *ring);
 void read_doorbells(struct ring *ring);
 /* There is something to do that does not take long. */
 void leave_messages(struct ring *ring);
+/* There still is, after more than a while: take what has come, if nobody else reads. */
+void look_at_messages(struct ring *ring);
 /* There is something that may. */
 void give_messages(struct ring *ring);
 
