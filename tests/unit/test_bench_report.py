@@ -206,17 +206,26 @@ def terse_half(kib: int, iops: float, p50: int, p99: int) -> str:
 
 def test_fios_terse_line_is_read() -> None:
     said = "fio: warning\n3;fio-3.39;bench;0;0;" + terse_half(4000, 1000, 5, 9) + terse_half(8000, 2000, 6, 8) + "0.1%"
-    assert guest.parse_terse(said, "read") == {"commands": 1000, "iops": 1000, "p50_us": 5, "p99_us": 9}
-    assert guest.parse_terse(said, "write") == {"commands": 2000, "iops": 2000, "p50_us": 6, "p99_us": 8}
+    assert guest.parse_terse(said, "read") == {"p50_us": 5, "p99_us": 9}
+    assert guest.parse_terse(said, "write") == {"p50_us": 6, "p99_us": 8}
     for bad in ("", "3;fio;bench;0;0;1", said.replace("bench;0;0;", "bench;0;5;")):
         with pytest.raises(GuestError, match="fio said"):
             guest.parse_terse(bad, "read")
 
 
-def test_what_fio_costs_around_its_commands_is_not_theirs() -> None:
-    rounds = [{"cpu_s": used, "around_cpu_s": spent, "commands": 1e3} for used, spent in ((2.0, 1), (3, 1), (4, 9))]
-    assert guest._cpu_us(rounds) == 2000
-    assert guest._cpu_us([{"cpu_s": 1.0, "around_cpu_s": 2, "commands": 1}]) == 0
+def test_slices_of_different_lengths_count_by_their_length() -> None:
+    slices = [guest.Slice(100, 1.0, 0.5), guest.Slice(500, 2.0, 0.1)]
+    assert guest.rates(slices) == {"iops": 200, "cpu_us": pytest.approx(1000)}
+    assert guest.rates([guest.Slice(0, 1.0, 0.5)]) == {"iops": 0, "cpu_us": 500_000}
+
+
+def test_the_error_is_that_of_ratios_of_neighbouring_slices() -> None:
+    """What happens to both sides is none."""
+    theirs = [guest.Slice(commands, 1.0, 0.0) for commands in (1000, 100, 3000, 10)]
+    ours = [guest.Slice(2 * one.commands, 1.0, 0.0) for one in theirs]
+    assert guest.uncertainty(ours, theirs) == 0
+    ours = [guest.Slice(factor * one.commands, 1.0, 0.0) for factor, one in zip((1, 3, 1, 3), theirs, strict=True)]
+    assert guest.uncertainty(ours, theirs) == pytest.approx(0.577, abs=1e-3)
 
 
 def test_a_guest_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,51 +1,62 @@
 """The guest benchmark: fio in the same stock Linux, on nvmove and on QEMU's own nvme, turn and turn about.
 
-Both guests are booted at the start; the one that is not measured is stopped, and costs nothing.
+Both guests run the same fio all the time, but only one of them runs: they are stopped and go on in slices of a quarter
+of a second, so that whatever the machine does besides meets both. QEMU counts the commands.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import defaultdict
+import math
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from nvmove.bench.measure import Settings, make_image, marked_cpu_seconds, median
+from nvmove.bench.measure import Settings, cpu_seconds, make_image
 from nvmove.bench.report import Section
 from nvmove.lab.console import Console, GuestError
 from nvmove.lab.machine import Machine, nvmove_command
+from nvmove.lab.processes import marked
 
 FRONTS = {"nvmove": [*nvmove_command(), "run"], "qemu": []}
 """What stands before QEMU's command line."""
 DEPTHS = (1, 32)
+_SLICE, _SETTLE = 0.25, 0.05
+"""Seconds: how long a guest is measured at a time, and how long it has run again before that."""
+_WARM = 100
+"""Commands that fio has done when it is under way."""
 _WRITE_FIELDS = 41
 """fio's terse format, version 3: the fields of writes come so many after those of reads (fio(1), TERSE OUTPUT)."""
-_KIB, _IOPS, _PERCENTILES = 5, 7, slice(17, 37)
+_PERCENTILES = slice(17, 37)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GuestFio:
-    """A time of random reads or writes of 4 KiB in a guest."""
+    """Random reads or writes of 4 KiB in a guest, until `end`."""
 
     rw: str
     depth: int
-    seconds: float
     device: str = "/dev/nvme0n1"
 
     @property
     def command(self) -> str:
-        """fio's command line; without `seconds` it does one command and ends."""
-        length = f"--time_based --runtime={max(1, round(self.seconds * 1000))}ms" if self.seconds else "--number_ios=1"
+        """fio's command line."""
         return (
             f"fio --name=bench --filename={self.device} --rw=rand{self.rw} --bs=4k --ioengine=libaio"
-            f" --iodepth={self.depth} --direct=1 {length} --norandommap --randrepeat=0 --minimal --terse-version=3"
+            f" --iodepth={self.depth} --direct=1 --time_based --runtime=1d --norandommap --randrepeat=0"
+            " --minimal --terse-version=3"
         )
 
-    def run(self, console: Console) -> dict[str, float]:
-        """Run it; return commands, iops, p50_us and p99_us. Raises GuestError."""
-        return parse_terse(console.check(self.command, self.seconds + 120), self.rw)
+    def start(self, console: Console) -> None:
+        """Start it in the guest's background."""
+        console.check(f"(({self.command} >/tmp/bench 2>&1; echo >/tmp/bench.ended) &)")
+
+    def end(self, console: Console) -> dict[str, float]:
+        """End it; return p50_us and p99_us, in the guest's own time. Raises GuestError."""
+        console.check("killall -INT fio; until [ -e /tmp/bench.ended ]; do sleep 0.1; done; rm /tmp/bench.ended", 120)
+        return parse_terse(console.check("cat /tmp/bench"), self.rw)
 
 
 def parse_terse(said: str, rw: str) -> dict[str, float]:
@@ -57,8 +68,6 @@ def parse_terse(said: str, rw: str) -> dict[str, float]:
         raise GuestError(f"fio said: {said[-500:]}")
     percentiles = dict(field.split("%=") for field in fields[_PERCENTILES.start + shift : _PERCENTILES.stop + shift])
     return {
-        "commands": int(fields[_KIB + shift]) / 4,
-        "iops": float(fields[_IOPS + shift]),
         "p50_us": float(percentiles.get("50.000000", 0)),
         "p99_us": float(percentiles.get("99.000000", 0)),
     }
@@ -84,6 +93,25 @@ def machines(settings: Settings) -> Iterator[dict[str, Machine]]:
         yield found
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """What a guest did in a short time."""
+
+    commands: int
+    seconds: float
+    cpu_s: float
+    """Processor time of QEMU and nvmove."""
+
+
+def rates(slices: Sequence[Slice]) -> dict[str, float]:
+    """Return iops, and cpu_us: the processor time of a command."""
+    commands = sum(one.commands for one in slices)
+    return {
+        "iops": commands / sum(one.seconds for one in slices),
+        "cpu_us": sum(one.cpu_s for one in slices) / max(commands, 1) * 1e6,
+    }
+
+
 def measure(settings: Settings) -> Section:
     """Measure; raises GuestError."""
     section = Section(
@@ -99,46 +127,70 @@ def measure(settings: Settings) -> Section:
             "cpu_us": "host CPU µs/IO",
         },
     )
-    found: defaultdict[tuple[str, int, str], list[dict[str, float]]] = defaultdict(list)
+    length = min(_SLICE, settings.seconds)
+    turns = settings.rounds * max(1, round(settings.seconds / length))
     with machines(settings) as guests:
-        for number in range(settings.rounds):
-            order = list(guests) if number % 2 == 0 else list(reversed(guests))
-            for rw in ("read", "write"):
-                for depth in DEPTHS:
-                    for name in order:
-                        settings.tell(f"round {number + 1} of {settings.rounds}: {rw}, depth {depth}, on {name}")
-                        found[rw, depth, name].append(_measure(guests[name], GuestFio(rw, depth, settings.seconds)))
-    for (rw, depth, name), rounds in found.items():
-        row: dict[str, Any] = {"what": name, "rw": rw, "depth": depth, "cpu_us": _cpu_us(rounds)}
-        row |= {key: median([one[key] for one in rounds]) for key in ("iops", "p50_us", "p99_us")}
-        section.rows.append(row | {"rounds": rounds})
-    for rw, depth in dict.fromkeys((rw, depth) for rw, depth, _ in found):
-        ours, theirs = (found[rw, depth, name] for name in FRONTS)
-        what = f"{rw}, depth {depth}"
-        iops = [[one["iops"] for one in rounds] for rounds in (ours, theirs)]
-        section.ratio_of_rounds(f"{what}: IOPS / QEMU's nvme", iops[0], iops[1], 1.0)
-        section.ratio(f"{what}: host CPU per I/O / QEMU's nvme", _cpu_us(ours), _cpu_us(theirs), 1.0, at_most=True)
+        for rw in ("read", "write"):
+            for depth in DEPTHS:
+                settings.tell(f"{rw}, depth {depth}: {turns} slices of {length:g} s on each")
+                _add(section, guests, GuestFio(rw, depth), turns, length)
     return section
 
 
-def _cpu_us(rounds: Sequence[dict[str, float]]) -> float:
-    """Return what a command costs the host, in microseconds, without what fio's start and end cost."""
-    around = median([one["around_cpu_s"] for one in rounds])
-    used = sum(one["cpu_s"] - around for one in rounds)
-    return max(used, 0.0) / max(sum(one["commands"] for one in rounds), 1) * 1e6
+def _add(section: Section, guests: dict[str, Machine], fio: GuestFio, turns: int, length: float) -> None:
+    """Measure one kind of commands."""
+    for guest in guests.values():
+        guest.qmp.execute("cont")
+        fio.start(guest.console)
+        _wait_warm(guest)
+        guest.qmp.execute("stop")
+    slices: dict[str, list[Slice]] = {name: [] for name in guests}
+    for turn in range(turns):
+        for name in list(guests) if turn % 2 == 0 else reversed(guests):
+            slices[name].append(_slice(guests[name], length))
+    for name, guest in guests.items():
+        guest.qmp.execute("cont")
+        row = {"what": name, "rw": fio.rw, "depth": fio.depth} | rates(slices[name]) | fio.end(guest.console)
+        guest.qmp.execute("stop")
+        section.rows.append(row | {"slices": [dataclasses.asdict(one) for one in slices[name]]})
+    ours, theirs = (slices[name] for name in FRONTS)
+    what = f"{fio.rw}, depth {fio.depth}"
+    section.ratio(f"{what}: IOPS / QEMU's nvme", rates(ours)["iops"], rates(theirs)["iops"], 1.0)
+    cpu = rates(ours)["cpu_us"], rates(theirs)["cpu_us"]
+    section.ratio(f"{what}: host CPU per I/O / QEMU's nvme", *cpu, 1.0, at_most=True)
+    if turns > 1:
+        section.notes.append(f"{what}: a standard error of {uncertainty(ours, theirs):.1%} in the ratio of IOPS")
 
 
-def _measure(machine: Machine, fio: GuestFio) -> dict[str, float]:
-    """Run fio for one command only, and as it is; return what it found, and the processor time of both."""
+def uncertainty(ours: Sequence[Slice], theirs: Sequence[Slice]) -> float:
+    """Return the standard error of the ratio of IOPS, from how much the ratios of neighbouring slices differ."""
+    ratios = [rates([one])["iops"] / max(rates([other])["iops"], 1) for one, other in zip(ours, theirs, strict=True)]
+    return statistics.stdev(ratios) / math.sqrt(len(ratios))
+
+
+def _commands(machine: Machine) -> int:
+    """Return how many commands the disk has done."""
+    return sum(
+        one["stats"]["rd_operations"] + one["stats"]["wr_operations"] for one in machine.qmp.execute("query-blockstats")
+    )
+
+
+def _wait_warm(machine: Machine) -> None:
+    """Wait until fio is under way."""
+    start, deadline = _commands(machine), time.monotonic() + 120
+    while _commands(machine) < start + _WARM:
+        if time.monotonic() > deadline:
+            raise GuestError(f"fio does nothing: {machine.console.check('cat /tmp/bench')[-500:]}")
+        time.sleep(0.1)
+
+
+def _slice(machine: Machine, length: float) -> Slice:
+    """Let a guest run for a while, and measure that."""
+    pids = [process.pid for process in marked(machine.mark)]
     machine.qmp.execute("cont")
-    _, around = _cpu(machine, dataclasses.replace(fio, seconds=0))
-    found, used = _cpu(machine, fio)
+    time.sleep(_SETTLE)
+    commands, since, cpu = _commands(machine), time.monotonic(), cpu_seconds(pids)
+    time.sleep(length)
+    found = Slice(_commands(machine) - commands, time.monotonic() - since, cpu_seconds(pids) - cpu)
     machine.qmp.execute("stop")
-    return found | {"cpu_s": used, "around_cpu_s": around}
-
-
-def _cpu(machine: Machine, fio: GuestFio) -> tuple[dict[str, float], float]:
-    """Return what fio found, and the seconds of processor time that QEMU and nvmove have used meanwhile."""
-    before = marked_cpu_seconds(machine.mark)
-    found = fio.run(machine.console)
-    return found, marked_cpu_seconds(machine.mark) - before
+    return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from nvmove.engine.choice import chosen
 from nvmove.lab.processes import marked
 from nvmove.lab.sysroot import Sysroot
 
-_TICKS = os.sysconf("SC_CLK_TCK")
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,14 @@ class Settings:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the processor time (user and system) that living processes have had, in seconds."""
-    total = 0
+    """Return the processor time (user and system) that living processes have had, in seconds; raises OSError."""
+    total = 0.0
     for pid in pids:
-        # proc(5): utime and stime are the 14th and 15th field; the name before may have spaces.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICKS
+        clock = ctypes.c_int()
+        if error := _libc.clock_getcpuclockid(pid, ctypes.byref(clock)):  # clock_getcpuclockid(3): to the nanosecond
+            raise OSError(error, os.strerror(error), f"process {pid}")
+        total += time.clock_gettime(clock.value)
+    return total
 
 
 def marked_cpu_seconds(mark: str) -> float:

@@ -137,13 +137,14 @@ def show(screen: Screen, section: Section) -> None:
     screen.print(table)
     if section.ratios:
         ratios = Table(title="Ratios")
-        for heading in ("what", "ratio", "of the best rounds", "goal", ""):
+        has_best = any(ratio.best is not None for ratio in section.ratios)
+        for heading in ("what", "ratio", *["of the best rounds"] * has_best, "goal", ""):
             ratios.add_column(heading, justify="left" if heading in ("what", "") else "right")
         for ratio in section.ratios:
             goal = "" if ratio.goal is None else f"{'≤' if ratio.at_most else '≥'} {ratio.goal:g}"
             held = {None: "", True: "[green]held[/]", False: "[red]missed[/]"}[ratio.held]
             best = "" if ratio.best is None else f"{ratio.best:.2f}"
-            ratios.add_row(escape(ratio.name), f"{ratio.value:.2f}", best, goal, held)
+            ratios.add_row(escape(ratio.name), f"{ratio.value:.2f}", *[best] * has_best, goal, held)
         screen.print(ratios)
     for note in section.notes:
         screen.print(f"[dim]{escape(note)}[/]", highlight=False)
