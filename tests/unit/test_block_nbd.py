@@ -356,6 +356,32 @@ def test_reconnect_brings_a_lost_disk_back(open_export: Open) -> None:
 
 
 @pytest.mark.usefixtures("no_revival")
+def test_who_is_told_that_the_connection_is_lost_finds_it_lost(
+    open_export: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between the moment when libnbd notices and the one when the connection's own thread goes on."""
+    server, disk = open_export()
+    noticed, go_on = threading.Event(), threading.Event()
+    notify_read = libnbd.Handle.notify_read
+
+    def held_up(handle: libnbd.Handle) -> None:
+        try:
+            notify_read(handle)
+        finally:
+            noticed.set()
+            assert go_on.wait(20)
+
+    monkeypatch.setattr(libnbd.Handle, "notify_read", held_up)
+    server.drop()
+    try:
+        assert noticed.wait(20)
+        assert write(disk, 0, b"x") == errno.ENOTCONN
+        assert not disk.is_connected
+    finally:
+        go_on.set()
+
+
+@pytest.mark.usefixtures("no_revival")
 def test_recover_connects_again_only_when_the_connection_is_lost(open_export: Open) -> None:
     server, disk = open_export()
     connection = disk._connection

@@ -85,7 +85,9 @@ class Connection:
                 try:
                     self._pending[start(self._handle)] = done
                 except NbdError as failure:
-                    error = errno.ENOTCONN if self._handle.is_lost else failure.errno or errno.EIO
+                    if self._handle.is_lost:
+                        self._refusal = errno.ENOTCONN  # before `done`: who is told ENOTCONN may ask `is_lost`
+                    error = self._refusal or failure.errno or errno.EIO
                 if self._handle.direction != libnbd.DIRECTION_READ:
                     self._wake()  # the socket is full or gone: the thread waits for the wrong thing
         if error:
@@ -142,7 +144,7 @@ class Connection:
                     # The connection just died, as is_lost tells, or another thread's command moved the state on.
                     _log.debug("nbd: %s", error)
                 if not self._handle.direction and self._handle.is_lost:
-                    break  # `is_lost` before the commands' ends: who is told ENOTCONN may ask
+                    break  # `is_lost` before the commands' ends, as in `issue`
                 self._end_completed()
         finally:
             with self._lock:
