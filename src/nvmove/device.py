@@ -116,6 +116,7 @@ class NvmeDevice:
 
     def start(self, socket: Path) -> None:
         """Serve the device at `socket`. Raises `nvmove.vfio.transport.ListenError`."""
+        vmsd.NVME.prepare()  # now, not while a VM stands still
         server = Server(socket, self, self.receiver)
         server.start()
         self._server = server

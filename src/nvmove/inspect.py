@@ -21,8 +21,9 @@ from nvmove.vmstate import machine, stream
 from nvmove.vmstate.qcow2 import MAGIC as QCOW2_MAGIC
 from nvmove.vmstate.qcow2 import Qcow2, Snapshot
 from nvmove.vmstate.qemu_file import DBUS_VMSTATE, QemuFile, dbus_states
-from nvmove.vmstate.schema import Reader, StateError, Tree, VMStateDescription
+from nvmove.vmstate.schema import Reader, StateError, VMStateDescription
 from nvmove.vmstate.source import FileSource, Source
+from nvmove.vmstate.tree import Tree
 
 HEX_FROM = 4096
 """Numbers from here on are shown in hexadecimal: addresses and registers, not ring positions."""

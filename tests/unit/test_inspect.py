@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ def device(name: str, size: int, kind: str = "") -> dict[str, Any]:
 
 
 def described(devices: Any) -> bytes:
-    text = json.dumps({"page_size": 4096, "devices": devices}).encode()
+    text = msgspec.json.encode({"page_size": 4096, "devices": devices})
     return b"\0\6" + len(text).to_bytes(4, "big") + text
 
 

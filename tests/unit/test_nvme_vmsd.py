@@ -22,9 +22,10 @@ from nvmove.nvme import state as state_module
 from nvmove.nvme import vmsd_ours as ours
 from nvmove.nvme.vmsd import NVME, DeviceState, PciImage, dump, from_tree, load, to_tree, zeroes
 from nvmove.nvme.vmsd_qemu import CQ, QEMU_NVME
-from nvmove.vmstate.schema import Reader, StateError, Tree
+from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.stream import Section
 from nvmove.vmstate.stream import dump as dump_stream
+from nvmove.vmstate.tree import Tree
 
 GOLDEN = Path(__file__).parents[1] / "data" / "state-v1"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nvmove.nvme.vmsd_qemu import QEMU_NVME, msix_vectors
-from nvmove.vmstate.schema import Reader, StateError, Tree
+from nvmove.vmstate.schema import Reader, StateError
+from nvmove.vmstate.tree import Tree
 
 DATA = Path(__file__).parents[1] / "data"
 HEADER = 1 + 4 + 1 + len("0000:00:01.0/nvme") + 4 + 4

@@ -49,6 +49,8 @@ _OPERATIONS = {
 }
 """What a borrower makes durable."""
 
+_NONE_COUNTED = ((0, 0),) * len(Operation)
+
 
 class _Refused(Exception):
     """Something about the queue pair is not plain."""
@@ -314,10 +316,14 @@ class Leases:
     def _count(self, lease: _Lease) -> None:
         smart, counts = self._controller.logs.smart, lease.borrower.counts()
         for nsid, now in counts.items():
+            before = lease.counted.get(nsid, _NONE_COUNTED)
+            if now == before:
+                continue
             namespace = self._controller.namespaces.get(nsid)
             assert namespace is not None  # which namespaces there are does not change
-            before = lease.counted.get(nsid, ((0, 0),) * len(Operation))
             for operation, new, old in zip(Operation, now, before, strict=True):
+                if new == old:
+                    continue
                 requests, length = new[0] - old[0], new[1] - old[1]
                 namespace.counters.add(operation, requests, length)
                 if operation is Operation.READ:

@@ -25,7 +25,8 @@ from nvmove.nvme.state import (
 from nvmove.nvme.vmsd_qemu import FIELDS, QEMU_NVME, msix_vectors
 from nvmove.vmstate import stream
 from nvmove.vmstate.fields import Array, Bool, Buffer, Int, Struct
-from nvmove.vmstate.schema import StateError, Tree, VMStateDescription
+from nvmove.vmstate.schema import StateError, VMStateDescription
+from nvmove.vmstate.tree import Tree
 
 NVME = VMStateDescription("nvme", 1, 1, FIELDS, ours.SUBSECTIONS)
 DESCRIPTIONS = {NVME.name: NVME}

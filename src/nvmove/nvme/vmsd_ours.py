@@ -24,7 +24,8 @@ from nvmove.nvme.state import (
     SubmissionQueueState,
 )
 from nvmove.vmstate.fields import Blob, Bool, Buffer, Counted, Int, Text
-from nvmove.vmstate.schema import Field, StateError, Tree, VMStateDescription
+from nvmove.vmstate.schema import Field, StateError, VMStateDescription
+from nvmove.vmstate.tree import Tree
 
 PREFIX = "nvme/nvmove/"
 IDENTITY = PREFIX + "identity"

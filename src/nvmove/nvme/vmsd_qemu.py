@@ -8,7 +8,8 @@ fields: the MSI-X state from the capability in config space, queues from `conf_i
 from __future__ import annotations
 
 from nvmove.vmstate.fields import Array, Bool, Buffer, Int, Pointers, Queue, Struct, reserved
-from nvmove.vmstate.schema import Field, StateError, Tree, VMStateDescription
+from nvmove.vmstate.schema import Field, StateError, VMStateDescription
+from nvmove.vmstate.tree import Tree
 
 CONFIG_SIZE = 4096
 """Bytes of PCI Express configuration space."""
@@ -196,7 +197,7 @@ CQ = structure(
     u32("vector"),
     u32("size"),
     u64("dma_addr"),
-    Queue("req_list", REQUEST),
+    Queue("req_list", REQUEST, always_empty=True),
 )
 HOST_BEHAVIOUR = structure(
     "nvme-hbs", u8("acre"), u8("etdas"), u8("lbafee"), u8("rsvd3"), u16("cdfe"), reserved("rsvd6", 506)

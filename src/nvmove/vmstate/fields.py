@@ -6,17 +6,18 @@ and a 0 after the last one. `Counted`, `Blob` and `Text` are ours: compositions 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from nvmove.vmstate.schema import Json, Reader, StateError, Tree, VMStateDescription
+import msgspec
 
+from nvmove.vmstate.flat import Flat, Unfit, Writer, array, value_of
+from nvmove.vmstate.schema import Reader, StateError, VMStateDescription
+from nvmove.vmstate.tree import Json, Tree
 
-def _value(tree: Tree, name: str, path: str) -> Any:
-    if name not in tree:
-        raise ValueError(f"{path}: missing")
-    return tree[name]
+_CODES = {1: "b", 2: "h", 4: "i", 8: "q"}
+"""Module struct's, of signed numbers by their size; capitals are unsigned."""
 
 
 def _be(value: int, size: int, path: str) -> bytes:
@@ -36,13 +37,20 @@ class Int:
     label: str = ""
     """What QEMU's description calls the type, when it is not `uint32` and the like."""
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat:
         """See Field."""
-        value = _value(tree, self.name, path)
+        code = _CODES[self.size]
+        json = {"name": self.name, "type": self.type, "size": self.size}
+        return Flat(code if self.signed else code.upper(), json, self._check)
+
+    def _check(self, value: Any, path: str) -> None:
         if not isinstance(value, int):
             raise ValueError(f"{path}: {value!r} is not a number")
-        out += self.pack(value, path)
-        return [{"name": self.name, "type": self.type, "size": self.size}]
+        try:
+            value.to_bytes(self.size, "big", signed=self.signed)
+        except OverflowError:
+            raise ValueError(f"{path}: {value} is not a {self.type}") from None
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -52,13 +60,6 @@ class Int:
     def type(self) -> str:
         """QEMU's name of the type."""
         return self.label or f"{'' if self.signed else 'u'}int{8 * self.size}"
-
-    def pack(self, value: int, path: str) -> bytes:
-        """Return the bytes of `value`; raise ValueError when it does not fit."""
-        try:
-            return value.to_bytes(self.size, "big", signed=self.signed)
-        except OverflowError:
-            raise ValueError(f"{path}: {value} is not a {self.type}") from None
 
     def unpack(self, data: bytes) -> int:
         """Return the number in `data`."""
@@ -71,10 +72,10 @@ class Bool:
 
     name: str
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat:
         """See Field."""
-        out.append(1 if _value(tree, self.name, path) else 0)
-        return [{"name": self.name, "type": "bool", "size": 1}]
+        return Flat("?", {"name": self.name, "type": "bool", "size": 1}, lambda _value, _path: None)
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -92,15 +93,34 @@ class Buffer:
     size: int | Callable[[Tree], int]
     type: str = "buffer"
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat | Writer:
         """See Field."""
-        value, size = _value(tree, self.name, path), self._size(root)
+        size = self.size
+        if not isinstance(size, int):
+            return self._write
+
+        def values(value: bytes) -> Iterable[Any]:
+            if len(value) != size:
+                raise Unfit
+            return (value,)
+
+        return Flat(f"{size}s", self._json(size), lambda value, path: self._check(value, size, path), values)
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+        value, size = value_of(tree, self.name, path), self._size(root)
+        self._check(value, size, f"{path}.{self.name}")
+        out += value
+        return [self._json(size)]
+
+    def _check(self, value: bytes, size: int, path: str) -> None:
         if len(value) != size:
             raise ValueError(f"{path}: {len(value)} bytes instead of {size}")
-        out += value
+
+    def _json(self, size: int) -> Json:
         if self.type == "uint8":
-            return [{"name": self.name, "array_len": size, "type": "uint8", "size": 1}]
-        return [{"name": self.name, "type": self.type, "size": size}]
+            return {"name": self.name, "array_len": size, "type": "uint8", "size": 1}
+        return {"name": self.name, "type": self.type, "size": size}
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -117,27 +137,21 @@ def reserved(name: str, size: int) -> Buffer:
 
 @dataclass(frozen=True)
 class Array:
-    """A fixed number of equal elements: numbers (Int) or structures."""
+    """A fixed number of equal elements: numbers (Int) or structures of fixed size."""
 
     name: str
     element: Int | VMStateDescription
     count: int
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat:
         """See Field."""
-        values = _value(tree, self.name, path)
-        if len(values) != self.count:
-            raise ValueError(f"{path}: {len(values)} elements instead of {self.count}")
-        start = len(out)
         json: Json = {"name": self.name, "array_len": self.count}
-        for index, value in enumerate(values):
-            if isinstance(self.element, Int):
-                out += self.element.pack(value, f"{path}[{index}]")
-                json["type"] = self.element.type
-            else:
-                json["type"] = "struct"
-                json["struct"] = self.element.write(out, value, root, f"{path}[{index}]")
-        return [{**json, "size": (len(out) - start) // self.count}]
+        if isinstance(self.element, Int):
+            flat = self.element.layout
+            return array(flat, self.count, {**json, "type": self.element.type, "size": flat.size})
+        flat = _fixed(self.name, self.element.flat)
+        return array(flat, self.count, {**json, "type": "struct", "struct": flat.json, "size": flat.size})
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -149,6 +163,12 @@ class Array:
         return self.element.read(reader, self.element.version, root, path)
 
 
+def _fixed(name: str, flat: Flat | Writer | None) -> Flat:
+    if not isinstance(flat, Flat):
+        raise TypeError(f"{name} is of no fixed size")
+    return flat
+
+
 @dataclass(frozen=True)
 class Struct:
     """A structure in place. `inline` is how QEMU describes one that exists only to be saved (VMSTATE_WITH_TMP)."""
@@ -157,14 +177,21 @@ class Struct:
     description: VMStateDescription
     inline: bool = False
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat | Writer:
         """See Field."""
+        flat = self.description.flat
+        return self._write if flat is None else replace(flat, json=self._json(flat.json, flat.size))
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
         start = len(out)
-        json = self.description.write(out, _value(tree, self.name, path), root, path)
-        size = len(out) - start
+        json = self.description.write(out, value_of(tree, self.name, path), root, f"{path}.{self.name}")
+        return [self._json(json, len(out) - start)]
+
+    def _json(self, json: Json, size: int) -> Json:
         if self.inline:
-            return [{"name": self.name, "type": "tmp", **json, "size": size}]
-        return [{"name": self.name, "type": "struct", "struct": json, "size": size}]
+            return {"name": self.name, "type": "tmp", **json, "size": size}
+        return {"name": self.name, "type": "struct", "struct": json, "size": size}
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -182,20 +209,28 @@ class Pointers:
     NULL: ClassVar[bytes] = b"0"
     VALID: ClassVar[bytes] = b"1"
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Writer:
         """See Field."""
-        values = _value(tree, self.name, path)
-        if len(values) != self.count(root):
-            raise ValueError(f"{path}: {len(values)} elements instead of {self.count(root)}")
-        json: list[Json] = []
-        for index, value in enumerate(values):
-            out += self.NULL if value is None else self.VALID
-            json.append({"name": self.name, "type": "ptr-marker", "size": 1})
-            if value is not None:
-                start = len(out)
-                struct = self.description.write(out, value, root, f"{path}[{index}]")
-                json.append({"name": self.name, "type": "struct", "struct": struct, "size": len(out) - start})
-        return json
+        marker = msgspec.Raw(msgspec.json.encode({"name": self.name, "type": "ptr-marker", "size": 1}))
+        element = _fixed(self.name, Struct(self.name, self.description).layout)
+
+        def write(out: bytearray, tree: Tree, root: Tree, path: str) -> list[msgspec.Raw]:
+            values, path = value_of(tree, self.name, path), f"{path}.{self.name}"
+            if len(values) != self.count(root):
+                raise ValueError(f"{path}: {len(values)} elements instead of {self.count(root)}")
+            json: list[msgspec.Raw] = []
+            for index, value in enumerate(values):
+                json.append(marker)
+                if value is None:
+                    out += self.NULL
+                else:
+                    out += self.VALID
+                    out += element.pack(value, f"{path}[{index}]")
+                    json.append(element.raw)
+            return json
+
+        return write
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -214,20 +249,38 @@ class Pointers:
 
 @dataclass(frozen=True)
 class Queue:
-    """A linked list of structures (QTAILQ)."""
+    """A linked list of structures (QTAILQ). `always_empty` is one in which nvmove never has anything."""
 
     name: str
     description: VMStateDescription
+    always_empty: bool = False
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Flat | Writer:
         """See Field."""
+        return Flat("x", self._json({}, 1), self._check_empty, self._nothing) if self.always_empty else self._write
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
         start = len(out)
         json: Json = {}
-        for index, value in enumerate(_value(tree, self.name, path)):
+        values, path = value_of(tree, self.name, path), f"{path}.{self.name}"
+        for index, value in enumerate(values):
             out.append(1)
             json = self.description.write(out, value, root, f"{path}[{index}]")
         out.append(0)
-        return [{"name": self.name, "type": "qtailq", **json, "size": len(out) - start}]
+        return [self._json(json, len(out) - start)]
+
+    def _json(self, json: Json, size: int) -> Json:
+        return {"name": self.name, "type": "qtailq", **json, "size": size}
+
+    def _check_empty(self, values: Sequence[Tree], path: str) -> None:
+        if values:
+            raise ValueError(f"{path}: {len(values)} elements, none is possible")
+
+    def _nothing(self, values: Sequence[Tree]) -> tuple[()]:
+        if values:
+            raise Unfit
+        return ()
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""
@@ -251,9 +304,13 @@ class Counted:
     description: VMStateDescription
     maximum: int
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Writer:
         """See Field."""
-        values = _value(tree, self.name, path)
+        return self._write
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+        values, path = value_of(tree, self.name, path), f"{path}.{self.name}"
         if len(values) > self.maximum:
             raise ValueError(f"{path}: {len(values)} elements, at most {self.maximum} are possible")
         out += _be(len(values), 4, path)
@@ -282,9 +339,13 @@ class Blob:
     name: str
     maximum: int
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Writer:
         """See Field."""
-        return self.put(out, _value(tree, self.name, path), path)
+        return self._write
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+        return self.put(out, value_of(tree, self.name, path), f"{path}.{self.name}")
 
     def put(self, out: bytearray, value: bytes, path: str) -> list[Json]:
         """Append `value` and return its description."""
@@ -315,9 +376,14 @@ class Text:
     name: str
     maximum: int
 
-    def write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+    @property
+    def layout(self) -> Writer:
         """See Field."""
-        return Blob(self.name, self.maximum).put(out, _value(tree, self.name, path).encode(), path)
+        return self._write
+
+    def _write(self, out: bytearray, tree: Tree, root: Tree, path: str) -> list[Json]:
+        text = value_of(tree, self.name, path).encode()
+        return Blob(self.name, self.maximum).put(out, text, f"{path}.{self.name}")
 
     def read(self, reader: Reader, tree: Tree, root: Tree, path: str) -> None:
         """See Field."""

@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nvmove.vmstate.schema import Json, Reader, StateError
+from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.source import Source
 from nvmove.vmstate.stream import EOF, MAGIC, SECTION_FOOTER, SECTION_FULL, parse_json
+from nvmove.vmstate.tree import Json
 
 TAILS = (1 << 20, 1 << 26)
 """Bytes at the end in which the description is looked for; it has tens of kilobytes, megabytes for hundreds of CPUs."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from nvmove.vmstate.schema import Json, Reader, StateError, Tree, VMStateDescription
+from nvmove.vmstate.schema import Reader, StateError, VMStateDescription
+from nvmove.vmstate.tree import Json, Tree
 
 MAGIC = b"QEVM"
 VERSION = 3

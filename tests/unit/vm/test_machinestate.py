@@ -10,7 +10,8 @@ from nvmove.vm.iostatus import IoStatus
 from nvmove.vm.machinestate import MachineState
 from nvmove.vmstate import stream
 from nvmove.vmstate.machine import IDENT, VM
-from nvmove.vmstate.schema import StateError, Tree
+from nvmove.vmstate.schema import StateError
+from nvmove.vmstate.tree import Tree
 
 
 def machine_state(run_state: str, *devices: str, status: str = "ok") -> tuple[MachineState, IoStatus]:
