@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Iterator
+from typing import cast
 
 import pytest
 from tests.nvme_host import CONFIG, DATA, Host
@@ -17,6 +19,7 @@ from nvmove.block.backend import Operation
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme import admin
+from nvmove.nvme.leases import Leases
 from nvmove.nvme.seams import Counts, FailedCommand, LeaseTerms
 from nvmove.nvme.spec import (
     ALL_NAMESPACES,
@@ -344,6 +347,11 @@ class Hung:
     def revoke(self) -> None:
         self.is_revoked = True
 
+    halt = revoke
+
+    def wait_halted(self, timeout: float) -> None:
+        pass
+
     def mute(self) -> None:
         pass
 
@@ -393,10 +401,10 @@ def test_a_queue_outside_of_memory_is_fatal_as_ever(rig: Rig) -> None:
     assert rig.disk.loans == 0
 
 
-def test_threads_run_queues_and_pause_and_resume_lose_nothing() -> None:
-    engine = CompiledEngine(spin_us=20)
-    lines = LentLines()
-    host = Host(ram=LentRam(), lines=lines, disk=LentDisk(), engine=engine, config=CONFIG)
+def threaded(spin_us: int = 20) -> tuple[CompiledEngine, Host]:
+    """A controller with threads, and two queue pairs."""
+    engine = CompiledEngine(spin_us=spin_us)
+    host = Host(ram=LentRam(), lines=LentLines(), disk=LentDisk(), engine=engine, config=CONFIG)
 
     def wait() -> None:
         for _ in range(200_000):
@@ -409,6 +417,69 @@ def test_threads_run_queues_and_pause_and_resume_lose_nothing() -> None:
     host.enable()
     for qid in (1, 2):
         host.create(qid, sq_size=16, cq_size=16)
+    return engine, host
+
+
+class Wakeful:
+    """Two queue pairs whose loops look for more commands for very long: they are at work whenever it counts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine, self.host = threaded(spin_us=LONG * 1_000_000)
+        self.given_back = threading.Event()
+        """By a loop's own thread."""
+        give_back = Leases.give_back
+
+        def note(leases: Leases, borrower: loop.Ring) -> None:
+            give_back(leases, borrower)
+            self.given_back.set()
+
+        monkeypatch.setattr(Leases, "give_back", note)
+        monkeypatch.setattr("nvmove.nvme.leases._SOON", LONG)
+
+    def work(self) -> list[loop.Ring]:
+        """Run a command on each queue pair; return who runs them."""
+        for qid in (1, 2):
+            self.host.submit(qid, Nvm.READ, nsid=1)
+            while not self.host.reap(qid):
+                threading.Event().wait(0.0001)
+        return [cast(loop.Ring, borrower) for borrower in self.host.controller.leases._live]
+
+
+@pytest.fixture
+def wakeful(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wakeful]:
+    wakeful = Wakeful(monkeypatch)
+    yield wakeful
+    assert wakeful.host.controller.pause(LONG)
+    wakeful.engine.close()
+
+
+def test_a_pause_takes_queues_back_from_loops_at_work_without_their_threads(wakeful: Wakeful) -> None:
+    controller = wakeful.host.controller
+    for _ in range(100):  # a thread that is kept from running for long may miss its turn
+        assert len(wakeful.work()) == 2
+        wakeful.given_back.clear()
+        assert controller.pause(LONG)
+        assert [sq.head for _, sq in sorted(controller.sqs.items())][1:] == [sq.tail for sq in controller.sqs.values()][
+            1:
+        ]
+        was_quick = not wakeful.given_back.is_set()
+        controller.resume()
+        if was_quick:
+            return
+    raise AssertionError("each time a loop's thread had to give back")
+
+
+def test_a_loop_that_was_halted_and_that_nobody_takes_gives_back(wakeful: Wakeful) -> None:
+    rings = wakeful.work()
+    wakeful.given_back.clear()
+    rings[0].halt()
+    rings[0].wait_halted(LONG)
+    assert wakeful.given_back.wait(LONG)
+    assert len(wakeful.work()) == 2
+
+
+def test_threads_run_queues_and_pause_and_resume_lose_nothing() -> None:
+    engine, host = threaded()
     done = dict.fromkeys((1, 2), 0)
     sent = dict.fromkeys((1, 2), 0)
     turns = 0

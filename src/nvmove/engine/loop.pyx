@@ -141,6 +141,11 @@ cdef extern from "ring.h" nogil:
     ring_reason ring_run(c_ring *ring, int may_wait)
     void ring_wait(c_ring *ring)
 
+cdef extern from "park.h" nogil:
+    void ring_halt(c_ring *ring)
+    void ring_await(c_ring *ring, int64_t ns)
+    void ring_end(c_ring *ring)
+
 cdef extern from "bells.h" nogil:
     int bells_init(c_bells *bells)
     void bells_destroy(c_bells *bells)
@@ -336,9 +341,7 @@ cdef class Ring:
     def end(self):
         """The queue pair was given back; from here on the positions stay as they are."""
         self._hang(NULL)
-        if self.ring.state != RING_TAKEN:
-            self.ring.state = RING_AWAY
-        ring_mute(&self.ring)
+        ring_end(&self.ring)
         self.terms = None
 
     def set_tail(self, uint32_t tail):
@@ -407,6 +410,16 @@ cdef class Ring:
     def revoke(self):
         """Ask the loop to come back."""
         ring_revoke(&self.ring)
+
+    def halt(self):
+        """As `revoke`, for who calls `wait_halted` next and then takes the queue pair."""
+        ring_halt(&self.ring)
+
+    def wait_halted(self, double timeout):
+        """Wait until the queue pair can be taken, at most `timeout` seconds."""
+        cdef int64_t ns = <int64_t>(timeout * 1e9)
+        with nogil:
+            ring_await(&self.ring, ns)
 
     def mute(self):
         """No interrupt is sent any more, from this call's return on."""

@@ -14,6 +14,7 @@
 #include "doorbells.h"
 #include "execute.h"
 #include "marks.h"
+#include "park.h"
 #include "prp.h"
 #include "slots.h"
 #include "wake.h"
@@ -302,6 +303,8 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
         }
         if (is_odd || ring->failed || load_strict(ring->stop)) {
             /* Whoever wants the pair back does not wait for what is being marked: Python completes that. */
+            if (!ring->in_flight && !is_odd && !ring->failed)
+                return park(ring) ? RING_GONE : RING_REVOKED;
             if (!ring->in_flight || (load_strict(ring->stop) && ring->in_flight == ring->marking_count))
                 return is_odd || ring->failed ? RING_ODD : RING_REVOKED;
             wait_for_flight(ring, 1);

@@ -16,6 +16,7 @@
 #include <sys/uio.h>
 
 #include "bells.h"
+#include "park.h"
 #include "uring.h"
 
 #define RING_BATCH 16    /* entries fetched at a time */
@@ -99,7 +100,7 @@ struct ring_doorbell {
 enum ring_state {
     RING_AWAY,    /* not lent, or about to be given back */
     RING_RUNNING, /* the loop runs commands, or looks for some */
-    RING_ASLEEP,  /* lent, the loop waits: it touches nothing but `state` */
+    RING_ASLEEP,  /* lent, the loop waits or is parked: it touches nothing but `state` */
     RING_TAKEN,   /* was taken back while asleep */
 };
 
@@ -153,7 +154,7 @@ struct ring {
 
     /* between threads */
     uint64_t doorbells; /* told past the controller (bells.c) */
-    uint32_t state, stop, rung, kicked, dozing, woken, marked;
+    uint32_t state, stop /* enum stop */, rung, kicked, dozing, woken, marked;
     uint32_t attends; /* the loop reads the client's messages when it has nothing to do */
     int32_t wake_fd; /* an eventfd */
     pthread_mutex_t signalling;

@@ -110,7 +110,7 @@ void ring_wait(struct ring *ring)
 
 void ring_revoke(struct ring *ring)
 {
-    store_strict(ring->stop, 1);
+    store_strict(ring->stop, STOP_RETURN);
     wake(ring);
 }
 

@@ -13,6 +13,12 @@ from nvmove.nvme.queue import SubmissionQueue
 Callback = Callable[[], None]
 
 
+def call(callbacks: list[Callback]) -> None:
+    """Call what `Activity` returned; the lock must be released."""
+    for callback in callbacks:
+        callback()
+
+
 class Activity:
     """Counts commands fetched and not completed, and other work that may touch guest memory or the disks."""
 

@@ -25,7 +25,7 @@ from typing import Any
 from nvmove.block.backend import Backend
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.nvme import saving
-from nvmove.nvme.activity import Activity, Callback
+from nvmove.nvme.activity import Activity, Callback, call
 from nvmove.nvme.command import Command
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.doorbells import Doorbells, Place
@@ -38,7 +38,7 @@ from nvmove.nvme.namespace import NamespaceTable
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.ratelimit import RateLimit
 from nvmove.nvme.registers import Registers
-from nvmove.nvme.runner import Runner, call
+from nvmove.nvme.runner import Runner
 from nvmove.nvme.seams import Engine, Interrupts, Memory
 from nvmove.nvme.spec import (
     CC_EN,
@@ -435,8 +435,7 @@ class Controller:
         """
         with self.lock:
             self.paused = True
-            after = self.leases.revoke()
-        call(after)
+        self.leases.reclaim()
         with self.lock:
             return self.activity.wait(timeout)
 

@@ -13,13 +13,14 @@ import contextlib
 import errno
 import functools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
 from nvmove.nvme import failures
-from nvmove.nvme.activity import Callback
+from nvmove.nvme.activity import Callback, call
 from nvmove.nvme.batch import Failure
 from nvmove.nvme.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
@@ -49,6 +50,8 @@ _OPERATIONS = {
 }
 """What a borrower makes durable."""
 
+_SOON = 0.002
+"""Seconds for loops to stop where they are; after that their threads give back what they have."""
 _NONE_COUNTED = ((0, 0),) * len(Operation)
 
 
@@ -351,7 +354,7 @@ class Leases:
     def revoke(self, *queues: SubmissionQueue) -> list[Callback]:
         """Want `queues`, or all, back: at once or soon. Return what the caller must call after releasing the lock."""
         after: list[Callback] = []
-        for lease in [lease for lease in self._live.values() if not queues or lease.sq in queues]:
+        for lease in self._wanted(queues):
             if lease.borrower.take():
                 after.append(self._end(lease))
             else:
@@ -374,6 +377,33 @@ class Leases:
         finally:
             self.unbar()
 
+    def reclaim(self, *queues: SubmissionQueue) -> None:
+        """Take `queues`, or all, back; those that are not stopped soon are asked for, as by `revoke`.
+
+        Their threads have no part in it, and so this thread has no turns to wait for.
+        """
+        with self._lock:
+            asleep, working = [], []
+            for lease in self._wanted(queues):
+                if lease.borrower.take():
+                    asleep.append(self._end(lease))
+                else:
+                    lease.borrower.halt()
+                    working.append(lease)
+        call(asleep)
+        until = time.monotonic() + _SOON
+        for lease in working:
+            lease.borrower.wait_halted(max(0.0, until - time.monotonic()))
+        with self._lock:
+            after = [self._end(lease) for lease in working if self._is_live(lease) and lease.borrower.take()]
+        call(after)
+
+    def _wanted(self, queues: Collection[SubmissionQueue]) -> list[_Lease]:
+        return [lease for lease in self._live.values() if not queues or lease.sq in queues]
+
+    def _is_live(self, lease: _Lease) -> bool:
+        return self._live.get(lease.borrower) is lease
+
     def bar(self, *queues: SubmissionQueue, timeout: float | None = None) -> bool:
         """Lend nothing any more, until `unbar`; wait until none of `queues`, or of all, is lent; return whether so.
 
@@ -381,13 +411,9 @@ class Leases:
         """
         with self._lock:
             self._barred += 1
-            after = self.revoke(*queues)
-        for callback in after:
-            callback()
+        self.reclaim(*queues)
         with self._lock:
-            return self._ended.wait_for(
-                lambda: not any(not queues or lease.sq in queues for lease in self._live.values()), timeout
-            )
+            return self._ended.wait_for(lambda: not self._wanted(queues), timeout)
 
     def unbar(self) -> None:
         """Undo one `bar`."""

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nvmove.nvme import admin, io, shutdown
-from nvmove.nvme.activity import Callback
+from nvmove.nvme.activity import Callback, call
 from nvmove.nvme.command import Command
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import HeldCommand, SubmissionQueue
@@ -280,9 +280,3 @@ class Runner:
             self._leave(None)
 
         shutdown.flush_all((namespace.backend for namespace in self._controller.namespaces), flushed)
-
-
-def call(callbacks: list[Callback]) -> None:
-    """Call what `Activity` returned; the lock must be released."""
-    for callback in callbacks:
-        callback()

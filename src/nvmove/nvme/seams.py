@@ -270,6 +270,11 @@ class Borrower(Protocol):
     def take_marks(self) -> list[tuple[int, int]]:
         """Return what is to be marked next, (address, length); nothing of it is, and nothing else is being marked."""
 
+    # From any thread that may wait, without a lock.
+
+    def wait_halted(self, timeout: float) -> None:
+        """After `halt`: wait until the queue pair can be taken, at most `timeout` seconds."""
+
     # From any thread, with any lock held.
 
     def marked(self) -> None:
@@ -277,6 +282,9 @@ class Borrower(Protocol):
 
     def revoke(self) -> None:
         """Ask for the queue pair; never waits."""
+
+    def halt(self) -> None:
+        """The same, of who takes it then: the borrower may leave it where it is for a moment."""
 
     def mute(self) -> None:
         """No interrupt is sent after this."""
