@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import signal
 import sys
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 backends[namespace.config.drive].namespace = namespace
             device.start(args.socket)
             print(attach_lines(args.socket, controller), flush=True)
+            gc.freeze()  # as in vm/machine.py
             signal.sigwait(ENDING_SIGNALS)
     except (BackendError, ListenError, OptionError) as error:
         raise UserError(str(error)) from None

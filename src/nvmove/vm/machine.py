@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import signal
 from collections.abc import Coroutine
@@ -106,6 +107,7 @@ class Machine:
             await client.start_server(str(self._plan.qmp_socket))
             process = await qemu.start(program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio)
             self._process = process
+            gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
             ended = asyncio.create_task(process.wait())
             self._cleanup.push_async_callback(_end, process)
             self._cleanup.push_async_callback(_disconnect, client)
