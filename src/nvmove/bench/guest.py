@@ -148,18 +148,19 @@ def _add(section: Section, guests: dict[str, Machine], fio: GuestFio, turns: int
     for turn in range(turns):
         for name in list(guests) if turn % 2 == 0 else reversed(guests):
             slices[name].append(_slice(guests[name], length))
+    found = {name: rates(slices[name]) for name in guests}
     for name, guest in guests.items():
         guest.qmp.execute("cont")
-        row = {"what": name, "rw": fio.rw, "depth": fio.depth} | rates(slices[name]) | fio.end(guest.console)
+        row = {"what": name, "rw": fio.rw, "depth": fio.depth} | found[name] | fio.end(guest.console)
         guest.qmp.execute("stop")
         section.rows.append(row | {"slices": [dataclasses.asdict(one) for one in slices[name]]})
-    ours, theirs = (slices[name] for name in FRONTS)
+    ours, theirs = (found[name] for name in FRONTS)
     what = f"{fio.rw}, depth {fio.depth}"
-    section.ratio(f"{what}: IOPS / QEMU's nvme", rates(ours)["iops"], rates(theirs)["iops"], 1.0)
-    cpu = rates(ours)["cpu_us"], rates(theirs)["cpu_us"]
-    section.ratio(f"{what}: host CPU per I/O / QEMU's nvme", *cpu, 1.0, at_most=True)
+    section.ratio(f"{what}: IOPS / QEMU's nvme", ours["iops"], theirs["iops"], 1.0)
+    section.ratio(f"{what}: host CPU per I/O / QEMU's nvme", ours["cpu_us"], theirs["cpu_us"], 1.0, at_most=True)
     if turns > 1:
-        section.notes.append(f"{what}: a standard error of {uncertainty(ours, theirs):.1%} in the ratio of IOPS")
+        error = uncertainty(*(slices[name] for name in FRONTS))
+        section.notes.append(f"{what}: a standard error of {error:.1%} in the ratio of IOPS")
 
 
 def uncertainty(ours: Sequence[Slice], theirs: Sequence[Slice]) -> float:
