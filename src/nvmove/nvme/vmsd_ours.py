@@ -8,7 +8,7 @@ older versions; a subsection that has been released never changes but by its ver
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from nvmove.nvme.state import (
@@ -124,6 +124,10 @@ def _chosen(source: Any, wire: Sequence[Field]) -> Tree:
     return {f.name: getattr(source, f.name) for f in wire}
 
 
+def _each(sources: Sequence[Any], structure: VMStateDescription) -> list[Tree]:
+    return [_chosen(source, structure.fields) for source in sources]
+
+
 def features_tree(state: FeaturesState) -> Tree:
     """Return what of the features QEMU's fields do not hold."""
     tree = _chosen(state, FEATURES_FIELDS)
@@ -192,16 +196,16 @@ def to_subsections(state: ControllerState) -> Tree:
     high = state.irq_status >> 32
     return {
         IDENTITY: _chosen(state.identity, IDENTITY_FIELDS),
-        NAMESPACES: {"namespaces": [asdict(namespace) for namespace in state.namespaces]},
+        NAMESPACES: {"namespaces": _each(state.namespaces, NAMESPACE)},
         QUEUES: queues_tree(state.sqs),
         FEATURES: features_tree(state.features),
         SMART: smart_tree(state.smart),
-        ERROR_LOG: {"entries": [asdict(entry) for entry in state.error_log]},
+        ERROR_LOG: {"entries": _each(state.error_log, ERROR)},
         CHANGED: {"namespaces": _numbers(state.changed_namespaces)},
         IRQ_STATUS: {"high": high.to_bytes((high.bit_length() + 7) // 8, "little")},
         REQUESTS: {"cids": _numbers(state.events.outstanding[MAX_AERS:])},
-        HELD: {"commands": [asdict(command) for command in state.held]},
-        DOORBELLS: {"dbcs": state.doorbells.dbcs, "late": [asdict(late) for late in state.doorbells.late]},
+        HELD: {"commands": _each(state.held, HELD_COMMAND)},
+        DOORBELLS: {"dbcs": state.doorbells.dbcs, "late": _each(state.doorbells.late, LATE)},
     }
 
 

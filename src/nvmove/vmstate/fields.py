@@ -315,9 +315,15 @@ class Counted:
             raise ValueError(f"{path}: {len(values)} elements, at most {self.maximum} are possible")
         out += _be(len(values), 4, path)
         json: list[Json] = [{"name": f"{self.name}_count", "type": "uint32", "size": 4}]
+        flat = self.description.flat
         for index, value in enumerate(values):
-            start = len(out)
-            struct = self.description.write(out, value, root, f"{path}[{index}]")
+            start, where = len(out), f"{path}[{index}]"
+            struct: Json | msgspec.Raw
+            if flat is None:
+                struct = self.description.write(out, value, root, where)
+            else:
+                out += flat.pack(value, where)
+                struct = flat.raw
             size = len(out) - start
             json.append({"name": self.name, "index": index, "type": "struct", "struct": struct, "size": size})
         return json
