@@ -22,13 +22,19 @@ MachineFactory = Callable[..., Machine]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in this directory boots guests: mark it, and give it minutes."""
+    """Everything in this directory boots guests: mark it, and give it minutes; what may take longest begins first."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.guest)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(600))
+    items.sort(key=_patience, reverse=True)  # no worker is left with a long one when the others have ended
+
+
+def _patience(item: pytest.Item) -> int:
+    mark = item.get_closest_marker("timeout")
+    return int(mark.args[0]) if mark else 0
 
 
 @pytest.fixture(scope="session")

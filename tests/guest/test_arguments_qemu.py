@@ -17,6 +17,8 @@ from nvmove.options.properties import OWN, OWN_CONTROLLER, PROPERTIES
 from nvmove.vm import arguments, argv, qemu
 from tests.qemu_messages import BAD_DEVICES, BAD_DRIVES, BAD_NAMESPACES
 
+pytestmark = pytest.mark.timeout(60)
+
 
 @pytest.fixture(scope="module")
 def program(sysroot: Path) -> qemu.QemuProgram:

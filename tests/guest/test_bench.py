@@ -18,18 +18,17 @@ def start(work: Path, *words: str) -> Marked:
     return Marked.start([*nvmove_command(), "bench", *words], work / "said", environment={"TMPDIR": str(work)})
 
 
-def left_in_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("nvmove-bench-*")}
+def left_in_memory(run: Marked) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"nvmove-bench-{run.process.pid}-*"))
 
 
 def bench(work: Path, kind: str) -> dict[str, Any]:
     """Run one; return its section of the JSON. Nothing else is left of it."""
-    before = left_in_memory()
     run = start(work, kind, "--seconds", "0.05", "--rounds", "1")
     assert run.wait(400) == 0, run.output
     assert marked(run.mark) == []
     assert sorted(path.name for path in work.iterdir()) == ["json", "said"]
-    assert left_in_memory() <= before  # a start removes what a killed run has left
+    assert left_in_memory(run) == []
     found = json.loads((work / "json").read_text())
     assert found["format"] == 1
     assert found["conditions"].keys() >= {"nvmove", "processor", "processors", "kernel", "qemu", "load"}
@@ -85,7 +84,6 @@ def test_downtime(work: Path) -> None:
 
 
 def test_ctrl_c_leaves_nothing(work: Path) -> None:
-    before = left_in_memory()
     run = start(work, "host", "--seconds", "60")
     deadline = time.monotonic() + 300
     while not list(work.glob("*/s-null*")):  # before anything is measured
@@ -96,5 +94,5 @@ def test_ctrl_c_leaves_nothing(work: Path) -> None:
     assert run.wait(180) == 130, run.output  # a measurement that has begun ends first
     assert marked(run.mark) == []
     assert [path.name for path in work.iterdir()] == ["said"]
-    assert left_in_memory() <= before  # a start removes what a killed run has left
+    assert left_in_memory(run) == []
     assert command_lines_with(f"{work}/nvmove-bench") == []

@@ -111,6 +111,7 @@ def test_saved_and_loaded_in_the_midst_of_controller_resets(machine: Machine, ar
     assert machine.quit() == 0
 
 
+@pytest.mark.timeout(900)
 def test_saved_before_the_guest_has_enabled_the_controller(machine: Machine, arguments: list[str]) -> None:
     """Not one instruction was run; then in the firmware. What is loaded boots."""
     machine.start([*machine.linux, *arguments, "-S"])

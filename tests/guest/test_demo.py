@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from nvmove.lab.machine import nvmove_command
 from nvmove.lab.processes import Marked, wait_gone
 from tests.guest.command_lines import command_lines_with
@@ -15,6 +17,7 @@ def start(work: Path) -> Marked:
     return Marked.start([*nvmove_command(), "demo"], work / "said", environment={"TMPDIR": str(work)})
 
 
+@pytest.mark.timeout(900)
 def test_the_demo_holds(work: Path) -> None:
     demo = start(work)
     assert demo.wait(500) == 0, demo.output

@@ -95,6 +95,7 @@ def test_a_reset_of_the_guest_starts_them_anew(tree: Sysroot, machine: Machine, 
     assert machine.quit() == 0
 
 
+@pytest.mark.timeout(900)
 def test_qemu_works_with_mapped_doorbells(tree: Sysroot, machine: Machine, work: Path) -> None:
     """No doorbell is a message; they are right after a controller reset, a system reset, and loads."""
     start = [*machine.linux, *arguments(tree, work, "x-doorbells=mapped"), *traced(work)]

@@ -63,6 +63,7 @@ def test_ten_pauses_in_a_row_lose_nothing(machine: Machine, tree: Sysroot, small
     assert machine.quit() == 0
 
 
+@pytest.mark.timeout(900)
 def test_after_a_pause_of_a_minute_the_guest_has_no_timeout(machine: Machine, tree: Sysroot, small: SmallDisk) -> None:
     machine.boot(["-M", "q35", *disk(make_image(tree, small.path / "d0.raw"))])
     FIO.start(machine.console)

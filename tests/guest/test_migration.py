@@ -30,6 +30,7 @@ def test_a_guest_under_fio_moves_and_its_data_verifies(
     assert guest.machine.quit() == 0
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("suffix", "hops"), [("qcow2", 10), ("raw", 4)])
 def test_hops_at_queue_depth_32_with_two_cpus(
     machines: MachineFactory, tree: Sysroot, work: Path, suffix: str, hops: int

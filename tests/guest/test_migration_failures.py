@@ -228,6 +228,7 @@ def test_when_both_sides_have_the_guest_only_one_has_the_image(
     trial.verify()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("suffix", ["raw"])
 def test_a_source_that_dies_leaves_a_guest_that_has_arrived_or_none(
     machines: MachineFactory, tree: Sysroot, work: Path, suffix: str

@@ -85,6 +85,7 @@ class Tour(Traveller):
         path.unlink()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("suffix", ["qcow2"])
 def test_every_transport(machines: MachineFactory, tree: Sysroot, work: Path, suffix: str) -> None:
     key = work / "keys.psk"

@@ -108,7 +108,7 @@ def test_a_new_qemu_is_served_after_the_old_one_was_killed(tree: Sysroot, work: 
 def test_intx_works_where_msix_is_switched_off(tree: Sysroot, work: Path) -> None:
     image = make_image(tree, work / "d0.raw")
     with served(image, work / "s"), clean_machine(tree, [], work / "m") as machine:
-        append = ["-append", "console=ttyS0 quiet panic=-1 pci=nomsi"]
+        append = ["-append", f"{machine.append} pci=nomsi"]
         machine.boot(["-M", "q35", *append, *SHARED, *vfio_user(work / "s")])
         assert "fasteoi" in machine.console.check("grep nvme /proc/interrupts")
         Fio("v", blocks=256).start(machine.console)

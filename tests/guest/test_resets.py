@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import disk, loadvm, make_image, savevm
 
 
+@pytest.mark.timeout(900)
 def test_reboot_and_system_reset(machine: Machine, tree: Sysroot, work: Path) -> None:
     arguments = ["-M", "q35", *disk(make_image(tree, work / "d0.qcow2"))]
     machine.boot(arguments)

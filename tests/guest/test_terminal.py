@@ -9,7 +9,7 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from nvmove.lab.machine import nvmove_command
+from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import disk, make_image
 
@@ -23,8 +23,7 @@ def terminal(tree: Sysroot, work: Path) -> Iterator[Terminal]:
     image = make_image(tree, work / "d0.qcow2", "16M")
 
     def open_one(*arguments: str, linux: bool = False) -> pexpect.spawn[str]:
-        append = ["-append", "console=ttyS0 quiet panic=-1"]
-        kernel = ["-kernel", str(tree.kernel), "-initrd", str(tree.initrd), *append] if linux else []
+        kernel = Machine(work, tree, []).linux if linux else []
         command = [*nvmove_command(), "run", tree.program("qemu-system-x86_64"), "-M", "q35", "-m", "512M"]
         command += [*disk(image), *kernel, *arguments]
         environment = {**os.environ, "XDG_RUNTIME_DIR": str(work)}

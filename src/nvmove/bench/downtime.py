@@ -15,7 +15,7 @@ from nvmove.bench.measure import Settings, make_image, median
 from nvmove.bench.report import Section
 from nvmove.lab.console import GuestError
 from nvmove.lab.fio import wait_writes, writes_done
-from nvmove.lab.machine import Machine
+from nvmove.lab.machine import LINUX, Machine
 from nvmove.lab.migration import ENDED, Traveller, wait_status
 from nvmove.lab.qmp import Event
 
@@ -62,7 +62,7 @@ def measure(settings: Settings) -> Section:
 
 def _boot(settings: Settings, name: str, front: Sequence[str], cleanup: contextlib.ExitStack) -> Traveller:
     def another(number: str) -> Machine:
-        machine = Machine(settings.directory / f"{name[0]}{number}", settings.sysroot, front, memory="384M")
+        machine = Machine(settings.directory / f"{name[0]}{number}", settings.sysroot, front, "384M", LINUX)
         cleanup.callback(machine.kill)
         return machine
 

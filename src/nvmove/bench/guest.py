@@ -17,7 +17,7 @@ from pathlib import Path
 from nvmove.bench.measure import Settings, cpu_seconds, make_image
 from nvmove.bench.report import Section
 from nvmove.lab.console import Console, GuestError
-from nvmove.lab.machine import Machine, nvmove_command
+from nvmove.lab.machine import LINUX, Machine, nvmove_command
 from nvmove.lab.processes import marked
 
 FRONTS = {"nvmove": [*nvmove_command(), "run"], "qemu": []}
@@ -85,7 +85,7 @@ def machines(settings: Settings) -> Iterator[dict[str, Machine]]:
         found = {}
         for name, front in FRONTS.items():
             settings.tell(f"boot on {name}")
-            machine = Machine(settings.directory / name[0], settings.sysroot, front, memory="384M")
+            machine = Machine(settings.directory / name[0], settings.sysroot, front, "384M", LINUX)
             cleanup.callback(machine.kill)
             machine.boot(disk_arguments(make_image(settings.memory / f"{name}.img", settings.image)))
             machine.qmp.execute("stop")

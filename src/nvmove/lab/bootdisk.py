@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from nvmove.lab.machine import QUICK
 from nvmove.lab.sysroot import Sysroot
 
 _SECTOR = 512
@@ -19,9 +20,9 @@ _PARTITION_SECTORS = 160 * 2048
 _TABLE = 446  # of the MBR: boot code before it, four entries of 16 bytes, then 55 AA
 _ESP = 0xEF
 
-_GRUB_CONFIG = """\
+_GRUB_CONFIG = f"""\
 search --no-floppy --file --set=root /vmlinuz
-linux /vmlinuz console=ttyS0 quiet panic=-1 nvmove.booted-from-disk
+linux /vmlinuz {QUICK} nvmove.booted-from-disk
 initrd /initrd.cpio
 boot
 """
