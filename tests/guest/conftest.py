@@ -14,11 +14,12 @@ import pytest
 
 from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
-from nvmove.lab.processes import marked, wait_gone
+from nvmove.lab.processes import Marked, marked, wait_gone
 from nvmove.lab.sysroot import Sysroot, find_sysroot
 from tests.guest.failing_disks import SmallDisk
 
 MachineFactory = Callable[..., Machine]
+Nvmove = Callable[..., Marked]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,6 +75,19 @@ def work() -> Iterator[Path]:
     """A directory for one test."""
     with directory() as path:
         yield path
+
+
+@pytest.fixture
+def nvmove(work: Path) -> Iterator[Nvmove]:
+    """Start `nvmove WORDS…`, its output in `said`; what is left of it when the test is over is killed."""
+    with ExitStack() as cleanup:
+
+        def start(*words: str) -> Marked:
+            run = Marked.start([*nvmove_command(), *words], work / "said", environment={"TMPDIR": str(work)})
+            cleanup.callback(run.kill_all)
+            return run
+
+        yield start
 
 
 @pytest.fixture(scope="module")

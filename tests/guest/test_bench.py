@@ -8,23 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nvmove.lab.machine import nvmove_command
 from nvmove.lab.processes import Marked, marked
 from tests.guest.command_lines import command_lines_with
-
-
-def start(work: Path, *words: str) -> Marked:
-    words = (*words, "--json", str(work / "json"))
-    return Marked.start([*nvmove_command(), "bench", *words], work / "said", environment={"TMPDIR": str(work)})
+from tests.guest.conftest import Nvmove
 
 
 def left_in_memory(run: Marked) -> list[Path]:
     return list(Path("/dev/shm").glob(f"nvmove-bench-{run.process.pid}-*"))
 
 
-def bench(work: Path, kind: str) -> dict[str, Any]:
+def bench(nvmove: Nvmove, work: Path, kind: str) -> dict[str, Any]:
     """Run one; return its section of the JSON. Nothing else is left of it."""
-    run = start(work, kind, "--seconds", "0.05", "--rounds", "1")
+    run = nvmove("bench", kind, "--seconds", "0.05", "--rounds", "1", "--json", str(work / "json"))
     assert run.wait(400) == 0, run.output
     assert marked(run.mark) == []
     assert sorted(path.name for path in work.iterdir()) == ["json", "said"]
@@ -40,8 +35,8 @@ def bench(work: Path, kind: str) -> dict[str, Any]:
     return section
 
 
-def test_host(work: Path) -> None:
-    section = bench(work, "host")
+def test_host(nvmove: Nvmove, work: Path) -> None:
+    section = bench(nvmove, work, "host")
     rows = section["rows"]
     assert all(row["iops"] > 0 for row in rows)
     assert {row["image"] for row in rows} >= {"tmpfs", "nbd", "null"}
@@ -59,8 +54,8 @@ def test_host(work: Path) -> None:
     } <= {r["name"] for r in section["ratios"]}
 
 
-def test_curves(work: Path) -> None:
-    section = bench(work, "curves")
+def test_curves(nvmove: Nvmove, work: Path) -> None:
+    section = bench(nvmove, work, "curves")
     rows = section["rows"]
     assert {row["x"] for row in rows if row["curve"] == "reads by queues"} == {1, 2, 4, 8, 16, 32, 64}
     sizes = [row["bytes"] for row in rows if row["curve"] == "save by held requests"]
@@ -68,23 +63,23 @@ def test_curves(work: Path) -> None:
     assert all(0 < row["ms"] <= row["worst_ms"] for row in rows if "worst_ms" in row)
 
 
-def test_guest(work: Path) -> None:
-    section = bench(work, "guest")
+def test_guest(nvmove: Nvmove, work: Path) -> None:
+    section = bench(nvmove, work, "guest")
     rows = {(row["what"], row["rw"], row["depth"]): row for row in section["rows"]}
     assert rows.keys() == {(what, rw, n) for what in ("nvmove", "qemu") for rw in ("read", "write") for n in (1, 32)}
     assert all(row["iops"] > 0 and row["cpu_us"] >= 0 for row in rows.values())
     assert sum("IOPS" in ratio["name"] for ratio in section["ratios"]) == 4
 
 
-def test_downtime(work: Path) -> None:
-    section = bench(work, "downtime")
+def test_downtime(nvmove: Nvmove, work: Path) -> None:
+    section = bench(nvmove, work, "downtime")
     assert [row["what"] for row in section["rows"]] == ["nvmove", "qemu"]
     assert all(0 < row["downtime_ms"] <= row["total_ms"] and row["outage_ms"] > 0 for row in section["rows"])
     assert [ratio["goal"] for ratio in section["ratios"]] == [1.2, 1.2]
 
 
-def test_ctrl_c_leaves_nothing(work: Path) -> None:
-    run = start(work, "host", "--seconds", "60")
+def test_ctrl_c_leaves_nothing(nvmove: Nvmove, work: Path) -> None:
+    run = nvmove("bench", "host", "--seconds", "60", "--json", str(work / "json"))
     deadline = time.monotonic() + 300
     while not list(work.glob("*/s-null*")):  # before anything is measured
         assert time.monotonic() < deadline, run.output

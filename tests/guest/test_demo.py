@@ -8,26 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.lab.machine import nvmove_command
-from nvmove.lab.processes import Marked, wait_gone
+from nvmove.lab.processes import wait_gone
 from tests.guest.command_lines import command_lines_with
-
-
-def start(work: Path) -> Marked:
-    return Marked.start([*nvmove_command(), "demo"], work / "said", environment={"TMPDIR": str(work)})
+from tests.guest.conftest import Nvmove
 
 
 @pytest.mark.timeout(900)
-def test_the_demo_holds(work: Path) -> None:
-    demo = start(work)
+def test_the_demo_holds(nvmove: Nvmove, work: Path) -> None:
+    demo = nvmove("demo")
     assert demo.wait(500) == 0, demo.output
     assert demo.output.count("✓") == 21
     assert wait_gone(demo.mark, 10) == []
     assert [path.name for path in work.iterdir()] == ["said"]
 
 
-def test_ctrl_c_leaves_nothing(work: Path) -> None:
-    demo = start(work)
+def test_ctrl_c_leaves_nothing(nvmove: Nvmove, work: Path) -> None:
+    demo = nvmove("demo")
     deadline = time.monotonic() + 300
     while "✓  1/21" not in demo.output and time.monotonic() < deadline:
         time.sleep(0.1)
