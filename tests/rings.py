@@ -12,7 +12,7 @@ from nvmove.block.lend import NOTHING, LentSpace, Loan
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring
-from nvmove.nvme.seams import Lender, LentRegion
+from nvmove.nvme.seams import Lender, Lending, LentRegion
 from nvmove.nvme.spec import Nvm
 from tests.nvme_host import Disk, Host, Lines, Ram
 
@@ -52,7 +52,10 @@ class InlineRings(InlineEngine):
             if sqid not in self.attached:
                 return
             if sqid not in self.lent:
-                if sqid == 0 or not self._lender.lend(sqid, self.rings[sqid]):
+                lending = Lending.REFUSED if sqid == 0 else self._lender.lend(sqid, self.rings[sqid])
+                if lending is Lending.SOON:
+                    return
+                if lending is Lending.REFUSED:
                     self.runs.append(sqid)
                     self._runs(sqid)
                     return
