@@ -38,11 +38,16 @@ class Connection(Link):
 
     def look(self) -> None:
         """Find the connection lost if the server has hung up, before its thread has seen that."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLRDHUP)
         with self._lock:
-            if not self._closing and poll.poll(0):
+            if not self._closing and (self._handle.is_lost or self._is_hung_up()):
                 self._refusal = self._refusal or errno.ENOTCONN
+
+    def _is_hung_up(self) -> bool:
+        fd = self._handle.fd
+        poll = select.poll()
+        if fd >= 0:
+            poll.register(fd, select.POLLRDHUP)
+        return fd < 0 or bool(poll.poll(0))
 
     def issue(self, start: Callable[[Handle], int], done: Callable[[int], None]) -> None:
         """Start a command; `done(errno)` is called once, on this connection's thread or, when it cannot start, here."""
