@@ -96,7 +96,7 @@ class Server:
         self.connected.add(number)
         with client, contextlib.suppress(OSError, EOFError):
             if self._handshake(client):
-                self._transmission(client, number)
+                self.transmit(client, number)
         self.connected.discard(number)
 
     def _handshake(self, client: socket.socket) -> bool:
@@ -119,7 +119,8 @@ class Server:
             if option == _OPT_GO:
                 return True
 
-    def _transmission(self, client: socket.socket, number: int) -> None:
+    def transmit(self, client: socket.socket, number: int = 0) -> None:
+        """Answer commands until the client ends that; raises EOFError and OSError when it hangs up."""
         held = self.held[number] = []
         while True:
             _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", exactly(client, 28, self.piece))

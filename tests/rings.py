@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from nvmove.block import linux
 from nvmove.block.backend import Operation, Request
-from nvmove.block.lend import NOTHING, LentSpace, Loan
+from nvmove.block.lend import NOTHING, LentExport, LentSpace, Loan
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring
@@ -184,14 +184,18 @@ class LentDisk(Disk):
             return None
         self.loans += 1
         fd = self.fd if self.lent_fd < 0 else self.lent_fd
+        return self._loan(fd, self._returned)
+
+    def _loan(self, fd: int, release: Callable[[], None], export: LentExport | None = None) -> Loan:
         return Loan(
             fd,
-            self._returned,
+            release,
             writable=not self.read_only,
             syncs=self.syncs,
             durable=self.durable,
             space=self.space,
             alignment=self.alignment,
+            export=export,
         )
 
     def sync_failed(self, code: int) -> None:

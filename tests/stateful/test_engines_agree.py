@@ -2,7 +2,7 @@
 
 Steps are what a host may do, and what it should not: right and wrong commands on rings of all sizes, with and without
 shadow doorbells, aborts, queues that share a completion queue, unmapped memory, resets, save → new controller → load;
-and disks that fail for a while.
+and disks that fail for a while: files, and exports.
 
 The compiled engine gives what a disk takes its time for (durable writes, zeroes, deallocations) to the disk and goes
 on. NVMe knows no order among commands under way, so each of those gets blocks and memory of its own here.
@@ -10,11 +10,16 @@ on. NVMe knows no order among commands under way, so each of those gets blocks a
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
+import socket
 import struct
+import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,11 +28,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
+from tests.nbd_server import Server
 from tests.nvme_host import Completion, Host
 from tests.rings import PUNCH, InlineRings, LentDisk, LentLines, LentRam
 
+from nvmove.block import libnbd
 from nvmove.block.backend import Operation, Request
-from nvmove.block.lend import ASK, NOTHING, LentSpace
+from nvmove.block.lend import ASK, NOTHING, LentExport, LentSpace, Loan
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.spec import DEAC, DOORBELLS, DSM_DEALLOCATE, DSM_RANGE, FUA, SGL_DESCRIPTOR, Admin, Nvm
 
@@ -59,6 +66,8 @@ def told(completion: Completion) -> Told:
 class BreakingDisk(LentDisk):
     """While it is broken its file answers EBADF to all, its back end to all but reads."""
 
+    code = errno.EBADF
+
     @property
     def is_broken(self) -> bool:
         return self.lent_fd >= 0
@@ -77,9 +86,70 @@ class BreakingDisk(LentDisk):
             else request.operation is Operation.DISCARD and self.space.discard == NOTHING
         )
         if self.is_broken and not works:
-            request.done(errno.EBADF)
+            request.done(self.code)
         else:
             super().perform(request)
+
+
+class Export(Server):
+    """Trims as the file does."""
+
+    def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
+        return super()._do("zero" if name == "trim" else name, offset, length, payload)
+
+
+class ExportedDisk(BreakingDisk):
+    """The same file behind an NBD server, which answers EIO to all but reads while it is broken."""
+
+    code = errno.EIO
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.server = Export(cast(bytearray, mmap.mmap(self.fd, size)))
+        self.idle: list[tuple[socket.socket, socket.socket]] = []
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self.server.errors)
+
+    def break_down(self) -> None:
+        self.server.errors = dict.fromkeys(["write", "flush", "zero", "trim"], self.code)
+
+    def mend(self) -> None:
+        self.server.errors = {}
+
+    def lend(self, revoke: Callable[[], None]) -> Loan | None:
+        self.loans += 1
+        pair = self.idle.pop() if self.idle else self.connect()
+
+        def release() -> None:
+            self.idle.append(pair)
+            self.loans -= 1
+
+        loan = self._loan(pair[0].fileno(), release, LentExport(can_fua=self.loans % 2 == 0, maximum=1 << 20))
+        zeroes, unmapped, discard = (mode > 0 for mode in self.space)
+        loan.space = LentSpace(
+            libnbd.CMD_WRITE_ZEROES if zeroes else self.space.zeroes,
+            libnbd.CMD_WRITE_ZEROES if unmapped else self.space.unmapped_zeroes,
+            libnbd.CMD_TRIM if discard else self.space.discard,
+        )
+        return loan
+
+    def connect(self) -> tuple[socket.socket, socket.socket]:
+        """A connection after its handshake."""
+        pair = socket.socketpair()
+
+        def serve() -> None:
+            with pair[1], contextlib.suppress(EOFError):
+                self.server.transmit(pair[1])
+
+        threading.Thread(target=serve, daemon=True).start()
+        return pair
+
+    def hang_up(self) -> None:
+        """End all connections."""
+        for ours, _ in self.idle:
+            ours.close()
 
 
 class Both(Host):
@@ -89,8 +159,9 @@ class Both(Host):
     lines: LentLines
     disk: BreakingDisk
 
-    def __init__(self, engine: InlineEngine, alignment: int) -> None:
-        disk = BreakingDisk(BLOCKS * 512, alignment)
+    def __init__(self, engine: InlineEngine, kind: str) -> None:
+        size = BLOCKS * 512
+        disk = ExportedDisk(size) if kind == "export" else BreakingDisk(size, 512 if kind == "direct" else 1)
         os.pwrite(disk.fd, b"".join(bytes([1 + number % 255]) * 512 for number in range(BLOCKS)), 0)
         super().__init__(ram=LentRam(), lines=LentLines(), disk=disk, engine=engine)
         self.shadows = False
@@ -212,12 +283,12 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         sizes=st.lists(st.integers(2, 9), min_size=6, max_size=6),
         shared=st.booleans(),
-        alignment=st.sampled_from([1, 1, 512]),
+        kind=st.sampled_from(["file", "file", "direct", "export"]),
         space=st.sampled_from(SPACES),
         syncs=st.sampled_from([True, True, False]),
     )
-    def start(self, sizes: list[int], shared: bool, alignment: int, space: LentSpace, syncs: bool) -> None:
-        self.hosts = [Both(InlineEngine(), alignment), Both(InlineRings(), alignment)]
+    def start(self, sizes: list[int], shared: bool, kind: str, space: LentSpace, syncs: bool) -> None:
+        self.hosts = [Both(InlineEngine(), kind), Both(InlineRings(), kind)]
         for host in self.hosts:
             host.disk.space, host.disk.syncs = space, syncs
         self.sizes, self.shared = sizes, shared
@@ -417,6 +488,8 @@ class Machine(RuleBasedStateMachine):
             assert host.disk.loans == len(host.lines.lent) == 0
             if host.disk.is_broken:
                 host.disk.mend()
+            if isinstance(host.disk, ExportedDisk):
+                host.disk.hang_up()
 
 
 Machine.TestCase.settings = settings(

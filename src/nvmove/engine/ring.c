@@ -153,17 +153,12 @@ static int collect(struct ring *ring)
     return was_any;
 }
 
-/* Wait until something can be received or sent, has ended at a file, or `wake_fd` can be read. */
+/* Wait as `doze` does, and until something can be received or sent, or has ended at a file. */
 static void wait_for_servers(struct ring *ring)
 {
-    struct pollfd wanted[2 + RING_NBDS] = {{.fd = ring->wake_fd, .events = POLLIN},
-                                           {.fd = ring->uring.fd, .events = POLLIN}};
-    uint32_t count = 2 + nbd_poll(ring, wanted + 2);
+    struct pollfd wanted[1 + RING_NBDS] = {{.fd = ring->uring.fd, .events = POLLIN}};
 
-    while (poll(wanted, count, -1) < 0 && errno == EINTR)
-        ;
-    if (wanted[0].revents)
-        clear_wake(ring);
+    doze_with(ring, wanted, 1 + nbd_poll(ring, wanted + 1));
 }
 
 /* Start what is prepared, and wait for something to end; what cannot be started is for Python. */
@@ -291,7 +286,8 @@ static void wait_for_flight(struct ring *ring, int is_ending)
 {
     int is_stopped, has_news, waits;
 
-    give_messages(ring);
+    if (!nbd_in_flight(ring)) /* only then that wait is for nothing else */
+        give_messages(ring);
     store_strict(ring->dozing, 1);
     is_stopped = (int)load_strict(ring->stop);
     has_news = (at_disks(ring) && uring_has_ended(&ring->uring)) || (ring->marking_count && load_strict(ring->marked));
@@ -380,7 +376,7 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
 static int is_quick(const struct ring *ring)
 {
     for (uint32_t i = 0; i < ring->disk_count; i++)
-        if (ring->disks[i].alignment > 1 || ring->disks[i].nbd)
+        if (ring->disks[i].alignment > 1 && !ring->disks[i].nbd)
             return 0;
     return 1;
 }
