@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import struct
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.block_helpers import qemu_nbd, tool
 from tests.nbd_server import ALL, FLUSH, FUA, MULTI_CONN, Command, Server, serving
 from tests.nvme_host import DATA
 from tests.waiting import wait
@@ -497,3 +499,30 @@ def test_a_server_that_is_silent_keeps_a_pause_from_ending_and_close_ends_it(
     assert [report.errno for report in host.reports] == [errno.ENOTCONN]
     assert len(host.controller.save().held) == 1
     assert host.reap(1) == []
+
+
+def test_a_qcow2_behind_qemu_nbd_holds_what_was_written(tmp_path: Path, sysroot: Path) -> None:
+    """On two queues, each with blocks of its own, and then read back by QEMU."""
+    image, raw, socket = tmp_path / "disk.qcow2", tmp_path / "disk.raw", tmp_path / "nbd.sock"
+    assert tool(sysroot, "qemu-img", "create", "-f", "qcow2", image, str(8 * MIB)).returncode == 0
+    model, chance, server = bytearray(8 * MIB), random.Random(7), Server(bytearray())
+    with qemu_nbd(sysroot, "-t", "-e", "0", "-f", "qcow2", "-k", str(socket), str(image)):
+        host = ExportHost(server, nbd_unix_uri(str(socket)), OpenOptions(), queues=2)
+        for qid in (1, 2):
+            host.borrow(qid)
+        for turn in range(60):
+            for qid in (1, 2):
+                for number, block in enumerate(chance.sample(range(1000), 8)):
+                    at, lba = DATA + 0x8000 * (8 * qid + number), block * 16 + 8 * (qid - 1)
+                    host.ram.data[at : at + 4096] = chance.randbytes(4096)
+                    model[512 * lba : 512 * lba + 4096] = host.ram.data[at : at + 4096]
+                    flags = spec.FUA if turn % 7 == number else 0
+                    host.submit(qid, Nvm.WRITE, nsid=1, prp1=at, cdw10=lba, cdw12=7 | flags)
+            for qid in (1, 2):
+                assert {completion.status for completion in host.finish(8, qid)} == {0}
+        assert host.is_lent(1)
+        assert host.is_lent(2)
+        host.close()
+    assert tool(sysroot, "qemu-img", "check", image).returncode == 0
+    assert tool(sysroot, "qemu-img", "convert", "-O", "raw", image, raw).returncode == 0
+    assert raw.read_bytes() == model

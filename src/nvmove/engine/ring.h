@@ -1,7 +1,7 @@
 /* One I/O queue pair as the compiled loop runs it.
  *
  * Python lends a queue pair to a ring (Controller.leases); from then on the ring owns its positions. The loop runs
- * what is common: reads and writes of raw files or of no file at all, flushes, zeroes and deallocations. Before
+ * what is common: reads and writes of raw files, of exports or of no file at all, flushes, zeroes and deallocations. Before
  * anything else it stops, with nothing of it done, and Python runs that command. Nothing here takes the GIL or waits for
  * anybody who holds it.
  *

@@ -211,7 +211,8 @@ class FailedCommand(NamedTuple):
     """Which since `lend`."""
     sqe: bytes
     errno: int
-    """Why its data did not get to stable storage, which Linux tells once; 0: the back end is to be asked again."""
+    """Why its data did not get to stable storage, which Linux tells once, or what a server answered; 0: the back end is
+    to be asked again."""
 
 
 Counts = dict[int, tuple[tuple[int, int], ...]]
