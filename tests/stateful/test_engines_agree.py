@@ -10,16 +10,11 @@ on. NVMe knows no order among commands under way, so each of those gets blocks a
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import os
-import socket
 import struct
-import threading
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,13 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.nbd_server import Server
 from tests.nvme_host import Completion, Host
-from tests.rings import PUNCH, InlineRings, LentDisk, LentLines, LentRam
+from tests.rings import PUNCH, ExportedDisk, InlineRings, LentDisk, LentLines, LentRam
 
-from nvmove.block import libnbd
 from nvmove.block.backend import Operation, Request
-from nvmove.block.lend import ASK, NOTHING, LentExport, LentSpace, Loan
+from nvmove.block.lend import ASK, NOTHING, LentSpace
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.spec import DEAC, DOORBELLS, DSM_DEALLOCATE, DSM_RANGE, FUA, SGL_DESCRIPTOR, Admin, Nvm
 
@@ -91,22 +84,10 @@ class BreakingDisk(LentDisk):
             super().perform(request)
 
 
-class Export(Server):
-    """Trims as the file does."""
-
-    def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
-        return super()._do("zero" if name == "trim" else name, offset, length, payload)
-
-
-class ExportedDisk(BreakingDisk):
-    """The same file behind an NBD server, which answers EIO to all but reads while it is broken."""
+class BreakingExport(ExportedDisk, BreakingDisk):
+    """The same behind a server, which answers EIO to all but reads while it is broken."""
 
     code = errno.EIO
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        self.server = Export(cast(bytearray, mmap.mmap(self.fd, size)))
-        self.idle: list[tuple[socket.socket, socket.socket]] = []
 
     @property
     def is_broken(self) -> bool:
@@ -118,39 +99,6 @@ class ExportedDisk(BreakingDisk):
     def mend(self) -> None:
         self.server.errors = {}
 
-    def lend(self, revoke: Callable[[], None]) -> Loan | None:
-        self.loans += 1
-        pair = self.idle.pop() if self.idle else self.connect()
-
-        def release() -> None:
-            self.idle.append(pair)
-            self.loans -= 1
-
-        loan = self._loan(pair[0].fileno(), release, LentExport(can_fua=self.loans % 2 == 0, maximum=1 << 20))
-        zeroes, unmapped, discard = (mode > 0 for mode in self.space)
-        loan.space = LentSpace(
-            libnbd.CMD_WRITE_ZEROES if zeroes else self.space.zeroes,
-            libnbd.CMD_WRITE_ZEROES if unmapped else self.space.unmapped_zeroes,
-            libnbd.CMD_TRIM if discard else self.space.discard,
-        )
-        return loan
-
-    def connect(self) -> tuple[socket.socket, socket.socket]:
-        """A connection after its handshake."""
-        pair = socket.socketpair()
-
-        def serve() -> None:
-            with pair[1], contextlib.suppress(EOFError):
-                self.server.transmit(pair[1])
-
-        threading.Thread(target=serve, daemon=True).start()
-        return pair
-
-    def hang_up(self) -> None:
-        """End all connections."""
-        for ours, _ in self.idle:
-            ours.close()
-
 
 class Both(Host):
     """One of the two hosts; shadow doorbells are used as Linux does."""
@@ -161,7 +109,7 @@ class Both(Host):
 
     def __init__(self, engine: InlineEngine, kind: str) -> None:
         size = BLOCKS * 512
-        disk = ExportedDisk(size) if kind == "export" else BreakingDisk(size, 512 if kind == "direct" else 1)
+        disk = BreakingExport(size) if kind == "export" else BreakingDisk(size, 512 if kind == "direct" else 1)
         os.pwrite(disk.fd, b"".join(bytes([1 + number % 255]) * 512 for number in range(BLOCKS)), 0)
         super().__init__(ram=LentRam(), lines=LentLines(), disk=disk, engine=engine)
         self.shadows = False
@@ -488,7 +436,7 @@ class Machine(RuleBasedStateMachine):
             assert host.disk.loans == len(host.lines.lent) == 0
             if host.disk.is_broken:
                 host.disk.mend()
-            if isinstance(host.disk, ExportedDisk):
+            if isinstance(host.disk, BreakingExport):
                 host.disk.hang_up()
 
 
