@@ -445,6 +445,27 @@ def is_open(fd: str) -> bool:
     return False
 
 
+def test_a_connection_that_ended_while_nobody_had_it_is_not_lent(lent: ExportHost) -> None:
+    assert lent.controller.pause(LONG)
+    lent.server.clients[1].shutdown(2)
+    lent.controller.resume()
+    lent.borrow()
+    assert lent.do(Nvm.READ) == 0
+    assert lent.server.sources == [2]
+    assert not lent.reports
+
+
+def test_a_connection_to_an_export_that_has_changed_is_not_lent(export: Open) -> None:
+    host = export()
+    host.server.data += bytes(MIB)  # Python's connection is to the old one
+    wait(lambda: host.do(Nvm.READ) == 0 and len(host.server.connected) == 2)
+    assert [host.do(Nvm.READ) for _ in range(20)] == [0] * 20
+    assert not host.is_lent()
+    assert len(host.server.clients) == 2
+    host.export.refresh_size()
+    host.borrow()
+
+
 def test_a_new_size_makes_all_connections_anew(lent: ExportHost) -> None:
     lent.server.data += bytes(MIB)
     assert lent.export.refresh_size() == 5 * MIB
