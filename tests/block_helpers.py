@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import signal
 import subprocess
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nvmove.block.backend import Backend, Operation, Request
@@ -85,3 +88,16 @@ def tool(sysroot: Path, name: str, *arguments: str | Path) -> subprocess.Complet
     """Run one of QEMU's tools to its end."""
     command = [str(sysroot / "bin" / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@contextlib.contextmanager
+def qemu_nbd(sysroot: Path, *arguments: str) -> Iterator[None]:
+    """Run qemu-nbd, which dies with the block; ready once it has forked."""
+    with tempfile.TemporaryDirectory(prefix="nvmove-test-") as folder:
+        pid_file = Path(folder, "pid")
+        command = [str(sysroot / "bin" / "qemu-nbd"), "--fork", "--pid-file", str(pid_file), *arguments]
+        subprocess.run(command, check=True, timeout=30)
+        try:
+            yield
+        finally:
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)

@@ -6,12 +6,12 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM, ZEROES = 1, 2, 4, 8, 32, 64
+HAS_FLAGS, READ_ONLY, FLUSH, FUA, TRIM, ZEROES, MULTI_CONN = 1, 2, 4, 8, 32, 64, 256
 ALL = HAS_FLAGS | FLUSH | FUA | TRIM | ZEROES
 COMMANDS = {0: "read", 1: "write", 2: "disconnect", 3: "flush", 4: "trim", 6: "zero"}
 _OPTION_MAGIC, _REPLY_MAGIC = 0x49484156454F5054, 0x3E889045565A9
@@ -30,7 +30,7 @@ class Command(NamedTuple):
 
 @dataclass
 class Server:
-    """Serves `data`, one client after the other."""
+    """Serves `data`: one client after the other, or with MULTI_CONN all at once."""
 
     data: bytearray
     flags: int = ALL
@@ -42,9 +42,20 @@ class Server:
     muted: threading.Event = field(default_factory=threading.Event)
     """While set, commands are read and not answered."""
     arrived: threading.Condition = field(default_factory=threading.Condition)
-    held: list[bytes] = field(default_factory=list)
-    """Replies to what came while muted."""
-    client: socket.socket | None = None
+    together: int = 1
+    """So many replies go out at once."""
+    piece: int = 0
+    """Bytes that are sent and received at a time through sockets that take few; 0: as many as there are."""
+    distort: Callable[[bytes], bytes] = bytes
+    """What becomes of a reply."""
+    held: dict[int, list[bytes]] = field(default_factory=dict)
+    """Replies that are not sent, by client."""
+    clients: list[socket.socket] = field(default_factory=list)
+    """All that ever came."""
+    sources: list[int] = field(default_factory=list)
+    """Which client each command came from."""
+    connected: set[int] = field(default_factory=set)
+    """The clients that are there."""
 
     def names(self) -> list[str]:
         """The commands so far, without their ranges."""
@@ -56,20 +67,37 @@ class Server:
             assert self.arrived.wait_for(lambda: len(self.commands) >= count, 20)
 
     def drop(self) -> None:
-        """Cut the client off."""
-        assert self.client is not None
-        self.client.shutdown(socket.SHUT_RDWR)
+        """Cut all clients off."""
+        for client in self.clients:
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
 
     def serve(self, listener: socket.socket) -> None:
         """Serve until the listener is closed."""
+        threads: list[threading.Thread] = []
         while True:
             try:
-                self.client, _ = listener.accept()
+                client, _ = listener.accept()
             except OSError:
-                return
-            with self.client, contextlib.suppress(OSError, EOFError):
-                if self._handshake(self.client):
-                    self._transmission(self.client)
+                break
+            if self.piece:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            number = len(self.clients)
+            self.clients.append(client)
+            if self.flags & MULTI_CONN:
+                threads.append(threading.Thread(target=self._serve, args=(client, number), daemon=True))
+                threads[-1].start()
+            else:
+                self._serve(client, number)
+        for thread in threads:
+            thread.join(20)
+
+    def _serve(self, client: socket.socket, number: int) -> None:
+        self.connected.add(number)
+        with client, contextlib.suppress(OSError, EOFError):
+            if self._handshake(client):
+                self.transmit(client, number)
+        self.connected.discard(number)
 
     def _handshake(self, client: socket.socket) -> bool:
         client.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
@@ -91,25 +119,30 @@ class Server:
             if option == _OPT_GO:
                 return True
 
-    def _transmission(self, client: socket.socket) -> None:
+    def transmit(self, client: socket.socket, number: int = 0) -> None:
+        """Answer commands until the client ends that; raises EOFError and OSError when it hangs up."""
+        held = self.held[number] = []
         while True:
-            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", exactly(client, 28))
+            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", exactly(client, 28, self.piece))
             name = COMMANDS[kind]
-            payload = exactly(client, length) if name == "write" else b""
+            payload = exactly(client, length, self.piece) if name == "write" else b""
             if name == "disconnect":
                 return
             with self.arrived:
                 self.commands.append(Command(name, offset, length, flags))
+                self.sources.append(number)
                 self.arrived.notify_all()
             error = self.errors.get(name, 0)
             answer = struct.pack(">IIQ", 0x67446698, error, cookie)
             if not error:
                 answer += self._do(name, offset, length, payload)
-            self.held.append(answer)
-            if not self.muted.is_set():
-                for reply in reversed(self.held):  # out of order, as a server may
-                    client.sendall(reply)
-                self.held.clear()
+            held.append(self.distort(answer))
+            if not self.muted.is_set() and len(held) >= self.together:
+                for reply in reversed(held):  # out of order, as a server may
+                    size = self.piece or len(reply)
+                    for at in range(0, len(reply), size):
+                        client.sendall(reply[at : at + size])
+                held.clear()
 
     def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
         if name == "read":
@@ -121,14 +154,14 @@ class Server:
         return b""
 
 
-def exactly(client: socket.socket, count: int) -> bytes:
-    data = b""
+def exactly(client: socket.socket, count: int, piece: int = 0) -> bytes:
+    data = bytearray()
     while len(data) < count:
-        piece = client.recv(count - len(data))
-        if not piece:
+        some = client.recv(min(count - len(data), piece or count))
+        if not some:
             raise EOFError
-        data += piece
-    return data
+        data += some
+    return bytes(data)
 
 
 @contextlib.contextmanager
@@ -143,8 +176,6 @@ def serving(server: Server, path: Path) -> Iterator[Server]:
             yield server
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            if server.client is not None:
-                with contextlib.suppress(OSError):
-                    server.client.shutdown(socket.SHUT_RDWR)
+            server.drop()
             thread.join(20)
     path.unlink()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import socket
+import threading
 from collections.abc import Callable, Sequence
+from typing import cast
 
-from nvmove.block import linux
+from nvmove.block import libnbd, linux
 from nvmove.block.backend import Operation, Request
-from nvmove.block.lend import NOTHING, LentSpace, Loan
+from nvmove.block.lend import NOTHING, LentExport, LentSpace, Loan
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring
-from nvmove.nvme.seams import Lender, LentRegion
+from nvmove.nvme.seams import Lender, Lending, LentRegion
 from nvmove.nvme.spec import Nvm
+from tests.nbd_server import Server
 from tests.nvme_host import Disk, Host, Lines, Ram
 
 PUNCH = linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE
@@ -52,7 +57,10 @@ class InlineRings(InlineEngine):
             if sqid not in self.attached:
                 return
             if sqid not in self.lent:
-                if sqid == 0 or not self._lender.lend(sqid, self.rings[sqid]):
+                lending = Lending.REFUSED if sqid == 0 else self._lender.lend(sqid, self.rings[sqid])
+                if lending is Lending.SOON:
+                    return
+                if lending is Lending.REFUSED:
                     self.runs.append(sqid)
                     self._runs(sqid)
                     return
@@ -181,14 +189,18 @@ class LentDisk(Disk):
             return None
         self.loans += 1
         fd = self.fd if self.lent_fd < 0 else self.lent_fd
+        return self._loan(fd, self._returned)
+
+    def _loan(self, fd: int, release: Callable[[], None], export: LentExport | None = None) -> Loan:
         return Loan(
             fd,
-            self._returned,
+            release,
             writable=not self.read_only,
             syncs=self.syncs,
             durable=self.durable,
             space=self.space,
             alignment=self.alignment,
+            export=export,
         )
 
     def sync_failed(self, code: int) -> None:
@@ -207,6 +219,57 @@ class LentDisk(Disk):
         ):
             os.pwrite(self.fd, bytes(request.length), request.offset)
         request.done(0)
+
+
+class TrimmingServer(Server):
+    """Trims as the file does."""
+
+    def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
+        return super()._do("zero" if name == "trim" else name, offset, length, payload)
+
+
+class ExportedDisk(LentDisk):
+    """The same file behind an NBD server, which is what is lent: every other time without FUA."""
+
+    def __init__(self, size: int = 1 << 20) -> None:
+        super().__init__(size)
+        self.server = TrimmingServer(cast(bytearray, mmap.mmap(self.fd, size)))
+        self._idle: list[socket.socket] = []
+        self._lent = 0
+
+    def lend(self, revoke: Callable[[], None]) -> Loan | None:
+        self.loans += 1
+        self._lent += 1
+        connection = self._idle.pop() if self._idle else self._connect()
+
+        def release() -> None:
+            self._idle.append(connection)
+            self.loans -= 1
+
+        loan = self._loan(connection.fileno(), release, LentExport(can_fua=self._lent % 2 == 0, maximum=1 << 20))
+        zeroes, unmapped, discard = self.space
+        loan.space = LentSpace(
+            libnbd.CMD_WRITE_ZEROES if zeroes > 0 else zeroes,
+            libnbd.CMD_WRITE_ZEROES if unmapped > 0 else unmapped,
+            libnbd.CMD_TRIM if discard > 0 else discard,
+        )
+        return loan
+
+    def _connect(self) -> socket.socket:
+        """Return a connection as it is after the handshake."""
+        ours, theirs = socket.socketpair()
+
+        def serve() -> None:
+            with theirs, contextlib.suppress(EOFError):
+                self.server.transmit(theirs)
+
+        threading.Thread(target=serve, daemon=True).start()
+        return ours
+
+    def hang_up(self) -> None:
+        """End all connections."""
+        for connection in self._idle:
+            connection.close()
 
 
 class Rig(Host):

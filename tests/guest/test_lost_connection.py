@@ -15,7 +15,7 @@ FIO = Fio("lost", blocks=1500, iodepth=32, rate=300)
 
 
 def cut(machine: Machine) -> None:
-    assert cut_connections(machine, "nbd") == 1
+    assert cut_connections(machine, "nbd") >= 1  # and those that queues have borrowed
 
 
 def test_it_pauses_the_vm_and_cont_connects_anew(machine: Machine, tree: Sysroot, work: Path) -> None:

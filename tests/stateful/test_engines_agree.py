@@ -2,7 +2,7 @@
 
 Steps are what a host may do, and what it should not: right and wrong commands on rings of all sizes, with and without
 shadow doorbells, aborts, queues that share a completion queue, unmapped memory, resets, save → new controller → load;
-and disks that fail for a while.
+and disks that fail for a while: files, and exports.
 
 The compiled engine gives what a disk takes its time for (durable writes, zeroes, deallocations) to the disk and goes
 on. NVMe knows no order among commands under way, so each of those gets blocks and memory of its own here.
@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
 from tests.nvme_host import Completion, Host
-from tests.rings import PUNCH, InlineRings, LentDisk, LentLines, LentRam
+from tests.rings import PUNCH, ExportedDisk, InlineRings, LentDisk, LentLines, LentRam
 
 from nvmove.block.backend import Operation, Request
 from nvmove.block.lend import ASK, NOTHING, LentSpace
@@ -59,6 +59,8 @@ def told(completion: Completion) -> Told:
 class BreakingDisk(LentDisk):
     """While it is broken its file answers EBADF to all, its back end to all but reads."""
 
+    code = errno.EBADF
+
     @property
     def is_broken(self) -> bool:
         return self.lent_fd >= 0
@@ -77,9 +79,25 @@ class BreakingDisk(LentDisk):
             else request.operation is Operation.DISCARD and self.space.discard == NOTHING
         )
         if self.is_broken and not works:
-            request.done(errno.EBADF)
+            request.done(self.code)
         else:
             super().perform(request)
+
+
+class BreakingExport(ExportedDisk, BreakingDisk):
+    """The same behind a server, which answers EIO to all but reads while it is broken."""
+
+    code = errno.EIO
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self.server.errors)
+
+    def break_down(self) -> None:
+        self.server.errors = dict.fromkeys(["write", "flush", "zero", "trim"], self.code)
+
+    def mend(self) -> None:
+        self.server.errors = {}
 
 
 class Both(Host):
@@ -89,8 +107,9 @@ class Both(Host):
     lines: LentLines
     disk: BreakingDisk
 
-    def __init__(self, engine: InlineEngine, alignment: int) -> None:
-        disk = BreakingDisk(BLOCKS * 512, alignment)
+    def __init__(self, engine: InlineEngine, kind: str) -> None:
+        size = BLOCKS * 512
+        disk = BreakingExport(size) if kind == "export" else BreakingDisk(size, 512 if kind == "direct" else 1)
         os.pwrite(disk.fd, b"".join(bytes([1 + number % 255]) * 512 for number in range(BLOCKS)), 0)
         super().__init__(ram=LentRam(), lines=LentLines(), disk=disk, engine=engine)
         self.shadows = False
@@ -212,12 +231,12 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         sizes=st.lists(st.integers(2, 9), min_size=6, max_size=6),
         shared=st.booleans(),
-        alignment=st.sampled_from([1, 1, 512]),
+        kind=st.sampled_from(["file", "file", "direct", "export"]),
         space=st.sampled_from(SPACES),
         syncs=st.sampled_from([True, True, False]),
     )
-    def start(self, sizes: list[int], shared: bool, alignment: int, space: LentSpace, syncs: bool) -> None:
-        self.hosts = [Both(InlineEngine(), alignment), Both(InlineRings(), alignment)]
+    def start(self, sizes: list[int], shared: bool, kind: str, space: LentSpace, syncs: bool) -> None:
+        self.hosts = [Both(InlineEngine(), kind), Both(InlineRings(), kind)]
         for host in self.hosts:
             host.disk.space, host.disk.syncs = space, syncs
         self.sizes, self.shared = sizes, shared
@@ -417,6 +436,8 @@ class Machine(RuleBasedStateMachine):
             assert host.disk.loans == len(host.lines.lent) == 0
             if host.disk.is_broken:
                 host.disk.mend()
+            if isinstance(host.disk, BreakingExport):
+                host.disk.hang_up()
 
 
 Machine.TestCase.settings = settings(

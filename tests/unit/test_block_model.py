@@ -6,8 +6,6 @@ import contextlib
 import itertools
 import os
 import random
-import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.block_helpers import KIB, aligned, read, start, tool
+from tests.block_helpers import KIB, aligned, qemu_nbd, read, start, tool
 from tests.nbd_server import ALL, FUA, TRIM, ZEROES, Server, serving
 
 from nvmove.block import direct, linux
@@ -154,19 +152,6 @@ BACKENDS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Backend]]
 def test_a_disk_holds_what_was_written(name: str, operations: list[Op]) -> None:
     with tempfile.TemporaryDirectory(prefix="nvmove-test-") as folder, BACKENDS[name](Path(folder, "d")) as disk:
         check(disk, bytearray(SIZE), operations)
-
-
-@contextlib.contextmanager
-def qemu_nbd(sysroot: Path, *arguments: str) -> Iterator[None]:
-    """Run qemu-nbd, which dies with the block; ready once it has forked."""
-    with tempfile.TemporaryDirectory(prefix="nvmove-test-") as folder:
-        pid_file = Path(folder, "pid")
-        command = [str(sysroot / "bin" / "qemu-nbd"), "--fork", "--pid-file", str(pid_file), *arguments]
-        subprocess.run(command, check=True, timeout=30)
-        try:
-            yield
-        finally:
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("cache", ["writeback", "none"])

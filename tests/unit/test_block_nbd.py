@@ -407,9 +407,8 @@ def test_reconnect_keeps_what_comes_meanwhile(open_export: Open) -> None:
     meanwhile = start(disk, Operation.WRITE, 1, 1, [memoryview(b"b")])
     assert not meanwhile.calls
     assert not under_way.calls
-    assert server.client is not None
     server.muted.clear()  # before the last answer: then the new connection may be there at once
-    server.client.sendall(server.held.pop())
+    server.clients[0].sendall(server.held[0].pop())
     assert under_way.wait() == 0
     assert meanwhile.wait() == 0
     reconnecting.join(20)
@@ -448,8 +447,7 @@ def test_close_finishes_what_is_under_way(open_export: Open) -> None:
     while write(disk, 0, b"x") != errno.ESHUTDOWN:
         pass
     assert not waiter.calls
-    assert server.client is not None
-    server.client.sendall(server.held.pop())
+    server.clients[0].sendall(server.held[0].pop())
     assert waiter.wait() == 0
     closer.join(20)
     assert not closer.is_alive()

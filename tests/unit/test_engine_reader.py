@@ -20,7 +20,7 @@ from tests.waiting import PATIENCE, wait
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.rings import LentDisk, LentLines, LentRam
+from tests.rings import ExportedDisk, LentDisk, LentLines, LentRam
 
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
@@ -226,6 +226,26 @@ def test_the_loop_of_a_disk_that_takes_its_time_does_not_read() -> None:
         assert client.bells.reader == loop.CONTROL
     finally:
         client.close()
+
+
+def test_the_loop_of_an_export_reads_while_it_waits_for_the_server() -> None:
+    disk = ExportedDisk()
+    client = Client(disk=disk)
+    client.settle()
+    before = len(disk.server.commands)
+    disk.server.muted.set()
+    for count in range(1, 4):
+        client.ring()
+        disk.server.wait_for(before + count)
+    client.wait_reader(loop.LOOP)
+    client.nothing()
+    client.theirs.sendall(ODD)
+    assert client.next() is not None
+    disk.server.muted.clear()
+    client.ring()
+    client.reap(count=4)
+    client.close()
+    disk.hang_up()
 
 
 def test_a_flush_gives_the_messages_to_the_control_thread(client: Client) -> None:

@@ -20,7 +20,7 @@ from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme import admin
 from nvmove.nvme.leases import Leases
-from nvmove.nvme.seams import Counts, FailedCommand, LeaseTerms
+from nvmove.nvme.seams import Counts, FailedCommand, LeaseTerms, Lending
 from nvmove.nvme.spec import (
     ALL_NAMESPACES,
     CSTS_RDY,
@@ -359,7 +359,7 @@ class Hung:
 def test_an_abort_does_not_wait_for_a_disk_that_hangs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin, "ABORT_WAIT", 0.01)
     hung = Hung()
-    assert rig.controller.leases.lend(1, hung)
+    assert rig.controller.leases.lend(1, hung) is Lending.LENT
     assert rig.admin(Admin.ABORT, cdw10=99 << 16 | 1).result & 1
     assert hung.is_revoked
     assert not rig.controller.pause(0)

@@ -205,6 +205,7 @@ class FaultyBackend:
             space=file.space,
             zeroes=file.zeroes,
             alignment=file.alignment,
+            export=file.export,
         )
 
     def sync_failed(self, code: int) -> None:

@@ -10,7 +10,8 @@ ASK = -1
 
 
 class LentSpace(NamedTuple):
-    """How zeroes are made and space is given back: by fallocate(2) in these modes.
+    """How zeroes are made and space is given back: by fallocate(2) in these modes; at an export by a request of this
+    type, with its flags from bit 16 on.
 
     NOTHING: there is nothing to do; ASK: that is the back end's to do.
     """
@@ -26,8 +27,17 @@ NO_SPACE = LentSpace(NOTHING, NOTHING, NOTHING)
 """Of what has no content."""
 
 
+class LentExport(NamedTuple):
+    """What a lent connection to an NBD server takes: simple replies are agreed, and nothing is under way."""
+
+    can_fua: bool
+    """Writes with FUA; without, a flush follows them."""
+    maximum: int
+    """Bytes of data in one request."""
+
+
 class LentFile(Protocol):
-    """A file, or none (`fd` -1: no data is moved), that stays open until `release`."""
+    """A file, or none (`fd` -1: no data is moved), or an export, that stays open until `release`."""
 
     fd: int
     writable: bool
@@ -39,7 +49,9 @@ class LentFile(Protocol):
     zeroes: bool
     """Without a file: reads give zeroes."""
     alignment: int
-    """What offsets, lengths and memory must be multiples of (O_DIRECT), or 1."""
+    """What offsets, lengths and, but for an export, memory must be multiples of (O_DIRECT), or 1."""
+    export: LentExport | None
+    """`fd` is a connection to this."""
 
     def release(self) -> None:
         """Give it back, once."""
@@ -54,7 +66,8 @@ class LendsFile(Protocol):
 
         Reads, writes, fdatasync and fallocate, inside its size, are all that is done. What fails, or is done in part,
         is asked of the back end again, which finds the error anew; but for what failed to be made durable: Linux tells
-        that once, and `sync_failed` is called. `revoke` is called, from any thread and with locks held, when it is
+        that once, and `sync_failed` is called; and for reads, writes and flushes at an export, whose server has said
+        what is to be said. `revoke` is called, from any thread and with locks held, when it is
         wanted back.
         """
 
@@ -76,6 +89,7 @@ class Loan:
         durable: bool = False,
         zeroes: bool = False,
         alignment: int = 1,
+        export: LentExport | None = None,
     ) -> None:
         self.fd = fd
         self.writable = writable
@@ -84,6 +98,7 @@ class Loan:
         self.space = space
         self.zeroes = zeroes
         self.alignment = alignment
+        self.export = export
         self._release = release
 
     def release(self) -> None:

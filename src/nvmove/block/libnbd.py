@@ -15,9 +15,11 @@ from typing import Any
 
 from nvmove.block.backend import BackendError
 
-# libnbd.h
+# libnbd.h, and the types of NBD's proto.md
 CMD_FLAG_FUA = 1 << 0
 CMD_FLAG_NO_HOLE = 1 << 1
+CMD_TRIM = 4
+CMD_WRITE_ZEROES = 6
 DIRECTION_READ = 1
 DIRECTION_WRITE = 2
 SIZE_MINIMUM = 0
@@ -49,6 +51,7 @@ _SIGNATURES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "nbd_get_error": (c_char_p, ()),
     "nbd_get_errno": (c_int, ()),
     "nbd_set_pread_initialize": (c_int, (c_void_p, c_bool)),
+    "nbd_set_request_structured_replies": (c_int, (c_void_p, c_bool)),
     "nbd_set_uri_allow_transports": (c_int, (c_void_p, c_uint32)),
     "nbd_set_uri_allow_tls": (c_int, (c_void_p, c_int)),
     "nbd_aio_connect_uri": (c_int, (c_void_p, c_char_p)),
@@ -74,6 +77,7 @@ _SIGNATURES: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "nbd_can_flush": (c_int, (c_void_p,)),
     "nbd_can_zero": (c_int, (c_void_p,)),
     "nbd_can_trim": (c_int, (c_void_p,)),
+    "nbd_can_multi_conn": (c_int, (c_void_p,)),
 }
 
 
@@ -95,12 +99,14 @@ def library() -> ctypes.CDLL:
 class Handle:
     """A struct nbd_handle. libnbd locks it: any thread may call, but nobody during or after `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, simple: bool = False) -> None:
+        """With `simple` the server is asked for nothing but simple replies, and requests have 32 bits for a length."""
         self._nbd = library()
         self._handle = self._nbd.nbd_create()
         if not self._handle:
             raise self._error()
         self._checked(self._nbd.nbd_set_pread_initialize(self._handle, False))
+        self._checked(self._nbd.nbd_set_request_structured_replies(self._handle, not simple))
         transports = ALLOW_TRANSPORT_TCP | ALLOW_TRANSPORT_UNIX
         self._checked(self._nbd.nbd_set_uri_allow_transports(self._handle, transports))
         self._checked(self._nbd.nbd_set_uri_allow_tls(self._handle, TLS_DISABLE))
@@ -184,7 +190,8 @@ class Handle:
         return self._checked(self._nbd.nbd_get_block_size(self._handle, which))
 
     def can(self, what: str) -> bool:
-        """Whether the export `is_read_only`, or `can_fua`, `can_flush`, `can_zero`, `can_trim`; raises NbdError."""
+        """Whether the export `is_read_only`, or `can_fua`, `can_flush`, `can_zero`, `can_trim`,
+        `can_multi_conn`; raises NbdError."""
         return self._checked(getattr(self._nbd, f"nbd_{what}")(self._handle)) > 0
 
     def _checked(self, result: int) -> int:

@@ -13,9 +13,12 @@ from nvmove.block import libnbd
 from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import OpenOptions
 from nvmove.block.gate import Gate
+from nvmove.block.lend import ASK, NOTHING, LentExport, LentFile, LentSpace, Loan
 from nvmove.block.libnbd import Handle
 from nvmove.block.linux import address_of
 from nvmove.block.nbd_connection import Connection
+from nvmove.block.nbd_link import Export, Link
+from nvmove.block.nbd_spares import Spares
 from nvmove.block.revival import Revival
 from nvmove.block.transfer import gather, scatter
 from nvmove.block.turns import Turn, Turns
@@ -32,6 +35,9 @@ CONNECT_TIMEOUT = 10.0
 DRAIN_TIMEOUT = 30.0
 """Seconds that requests under way get when the back end is closed or connected anew."""
 
+CUT_TIMEOUT = 5.0
+"""Seconds that borrowers get then to notice that their connection has ended."""
+
 _LONGEST_RANGE = 1 << 30
 """Bytes that one zero or trim covers; they carry no data."""
 
@@ -40,7 +46,7 @@ _ZEROES = bytearray(1 << 20)
 
 
 class NbdBackend:
-    """An export, over one connection with any number of requests under way."""
+    """An export, over one connection with any number of requests under way; who borrows it has another."""
 
     def __init__(self, uri: str, options: OpenOptions, timeout: float = CONNECT_TIMEOUT) -> None:
         """Connect; raises BackendError."""
@@ -55,6 +61,7 @@ class NbdBackend:
         """What came while the connection was being replaced."""
         self._turns = Turns()
         self._revival = Revival(self.recover)
+        self._spares = Spares(lambda: Link(uri, timeout, simple=True))
         self._connection = self._connect()
 
     @property
@@ -104,6 +111,47 @@ class NbdBackend:
             self._revival.want()
         _Job(self._connection, self._turns, self._gate, self._options, request).start()
 
+    def lend(self, revoke: Callable[[], None]) -> LentFile | None:
+        """Lend a connection, as `LendsFile`: where several are as good as one, and requests go out as they are."""
+        connection, options = self._connection, self._options
+        export = connection.export
+        if options.detect_zeroes != "off" or connection.is_lost or not export.can_multi_conn:
+            return None
+        if export.can_fua and not export.can_flush:  # some of what is to be durable could be so, some not
+            return None
+        if self._gate.stay(revoke):
+            return None
+        link = self._spares.take(revoke)
+        if link is None or link.export != export:
+            if link is not None:
+                self._spares.give(link)
+            self._gate.depart(revoke)
+            return None
+
+        def release() -> None:
+            if not self._spares.give(link):
+                connection.look()
+            self._gate.depart(revoke)
+
+        return Loan(
+            link.fd,
+            release,
+            writable=not self.read_only,
+            syncs=export.can_flush and not (options.no_flush or options.read_only),
+            durable=not options.writeback,
+            space=self._space(export),
+            alignment=export.minimum,
+            export=LentExport(export.can_fua, export.maximum),
+        )
+
+    def _space(self, export: Export) -> LentSpace:
+        zeroes = libnbd.CMD_WRITE_ZEROES | libnbd.CMD_FLAG_NO_HOLE << 16 if export.can_zero else ASK
+        unmapped = libnbd.CMD_WRITE_ZEROES if self._options.unmap and export.can_zero else zeroes
+        return LentSpace(zeroes, unmapped, libnbd.CMD_TRIM if self.supports_discard else NOTHING)
+
+    def sync_failed(self, code: int) -> None:
+        """As `LendsFile`: what it means for later ones is the server's to know."""
+
     def refresh_size(self) -> int:
         """Ask the server for the size again and return it: servers tell it only at connect, so this is a `reconnect`.
 
@@ -133,7 +181,8 @@ class NbdBackend:
     def _reconnect(self) -> None:
         if self._gate.refusal:
             raise BackendError(f"'{self._uri}' is closed")
-        self._gate.shut(errno.EAGAIN, DRAIN_TIMEOUT)
+        self._shut(errno.EAGAIN)
+        self._spares.drop()
         try:
             self._connection.close(errno.ENOTCONN)
             self._connection = self._connect()
@@ -147,11 +196,18 @@ class NbdBackend:
     def close(self) -> None:
         """Finish what is under way, within DRAIN_TIMEOUT, and disconnect. Requests are refused with ESHUTDOWN."""
         with self._lifecycle:
-            self._gate.shut(errno.ESHUTDOWN, DRAIN_TIMEOUT)
+            self._shut(errno.ESHUTDOWN)
+            self._spares.drop(for_good=True)
             self._connection.close()
 
+    def _shut(self, refusal: int) -> None:
+        """Refuse requests, and wait until those under way have ended: those of borrowers, too."""
+        if not self._gate.shut(refusal, DRAIN_TIMEOUT):
+            self._spares.cut()
+            self._gate.shut(refusal, CUT_TIMEOUT)
+
     def _connect(self) -> Connection:
-        connection = Connection(self._uri, self._timeout)
+        connection = Connection(self._uri, self._timeout, self._gate.revoke)
         export = connection.export
         problem = ""
         block = max(SECTOR, export.minimum)

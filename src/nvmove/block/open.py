@@ -22,7 +22,7 @@ def open_drive(drive: DriveConfig, *, share_rw: bool = False, active: bool = Tru
     if drive.format != "raw":
         raise BackendError(
             f"drive '{name}': format={drive.format} needs QEMU or qemu-nbd behind it: export the image with "
-            f"`qemu-nbd -f {drive.format} -k SOCKET -t FILE` and give file=nbd+unix:///?socket=SOCKET,format=raw"
+            f"`qemu-nbd -f {drive.format} -k SOCKET -t -e 0 FILE` and give file=nbd+unix:///?socket=SOCKET,format=raw"
         )
     if drive.others:
         raise BackendError(f"drive '{name}': option '{drive.others[0][0]}' is not supported without QEMU")

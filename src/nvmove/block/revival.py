@@ -1,4 +1,4 @@
-"""A lost connection is made anew in the background, when somebody needs it."""
+"""A connection that is lost, or that there is none of yet, is made in the background, when somebody needs it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ PERIOD = 1.0
 class Revival:
     """At most one attempt at a time, in a thread that is there only for it."""
 
-    def __init__(self, attempt: Callable[[], None]) -> None:
-        """`attempt` connects, and may wait; it raises BackendError when that fails."""
+    def __init__(
+        self, attempt: Callable[[], None], *, name: str = "nbd-reconnect", after_success: float = PERIOD
+    ) -> None:
+        """`attempt` connects, and may wait; it raises BackendError when that fails.
+
+        `after_success`: seconds until the next attempt when it did not fail.
+        """
         self._attempt = attempt
+        self._name = name
+        self._after_success = after_success
         self._lock = threading.Lock()
         self._running = False
         self._next = 0.0
@@ -32,7 +39,7 @@ class Revival:
             if self._running or time.monotonic() < self._next:
                 return
             self._running = True
-        threading.Thread(target=self._main, name="nbd-reconnect", daemon=True).start()
+        threading.Thread(target=self._main, name=self._name, daemon=True).start()
 
     def _main(self) -> None:
         said = ""
@@ -45,5 +52,5 @@ class Revival:
         finally:
             with self._lock:
                 self._said = said
-                self._next = time.monotonic() + PERIOD
+                self._next = time.monotonic() + (PERIOD if said else self._after_success)
                 self._running = False

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from nvmove.engine import loop
 from nvmove.engine.plain import PlainEngine, Worker
-from nvmove.nvme.seams import Lender
+from nvmove.nvme.seams import Lender, Lending
 
 SPIN_US = 100
 """The longest busy wait for the next command; seldom where it was in vain, never without a command before. A guest that
@@ -65,8 +65,10 @@ class RingWorker(Worker):
     def turn(self) -> None:
         """Run the queue pair while it is lent; then whatever made it come back, in Python."""
         while not self.stopping:
-            if not self._lender.lend(self.sqid, self._ring):
+            lending = self._lender.lend(self.sqid, self._ring)
+            if lending is Lending.REFUSED:
                 self._run(self.sqid)
+            if lending is not Lending.LENT:
                 return
             run_lent(self._ring, self._lender, self.sqid)
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "marks.h"
+#include "nbd.h"
 #include "sgl.h"
 #include "slots.h"
 
@@ -34,11 +35,11 @@ static int start(struct ring *ring, const struct sqe *sqe, const struct ring_dis
     struct ring_slot *slot;
     uint64_t bits = 0;
 
-    if (count > SLOT_IOVECS)
+    if (count > SLOT_IOVECS || (disk->nbd && length > disk->nbd->maximum))
         return 0;
     for (int i = 0; i < count; i++)
         bits |= (uintptr_t)ring->iovecs[i].iov_base | ring->iovecs[i].iov_len;
-    if (bits & (disk->alignment - 1))
+    if (!disk->nbd && bits & (disk->alignment - 1))
         return 0;
     slot = slot_take(ring, sqe, disk);
     if (!slot)
@@ -71,7 +72,7 @@ enum outcome execute(struct ring *ring, const struct sqe *sqe)
     if (count <= 0 || (is_read && ring->marks && count > MARK_RUNS))
         return FOR_PYTHON;
     is_durable = !is_read && must_be_durable(ring, sqe, disk);
-    if (disk->fd >= 0 && (disk->alignment > 1 || is_durable))
+    if (disk->fd >= 0 && (disk->nbd || disk->alignment > 1 || is_durable))
         return start(ring, sqe, disk, count, length, is_durable) ? STARTED : FOR_PYTHON;
     if (disk->fd >= 0) {
         if (transfer(ring, disk, is_read, count, (off_t)(lba << disk->shift)) != (ssize_t)length) {

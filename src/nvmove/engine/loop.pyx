@@ -36,6 +36,9 @@ cdef extern from "ring.h" nogil:
         size_t iov_len
 
     int RING_KINDS
+    int RING_NBDS
+
+    cdef struct c_nbd "nbd"
 
     cdef struct c_ring_count "ring_count":
         uint64_t requests
@@ -44,6 +47,7 @@ cdef extern from "ring.h" nogil:
     cdef struct ring_disk:
         uint64_t blocks
         int32_t fd
+        c_nbd *nbd
         uint8_t present
         uint8_t shift
         uint8_t writable
@@ -104,6 +108,8 @@ cdef extern from "ring.h" nogil:
         uint32_t region_count
         ring_disk *disks
         uint32_t disk_count
+        c_nbd *nbds
+        uint32_t nbd_count
         int64_t spin_ns
         c_bells *bells
         ring_doorbell tail
@@ -145,6 +151,12 @@ cdef extern from "park.h" nogil:
     void ring_halt(c_ring *ring)
     void ring_await(c_ring *ring, int64_t ns)
     void ring_end(c_ring *ring)
+
+cdef extern from "nbd.h" nogil:
+    cdef struct c_nbd "nbd":
+        int32_t fd
+        uint8_t can_fua
+        uint32_t maximum
 
 cdef extern from "bells.h" nogil:
     int bells_init(c_bells *bells)
@@ -258,6 +270,7 @@ cdef class Ring:
         ring_destroy(&self.ring)
         PyMem_Free(self.ring.regions)
         PyMem_Free(self.ring.disks)
+        PyMem_Free(self.ring.nbds)
 
     # --- with the controller's lock --------------------------------------------------------------------------------
 
@@ -267,12 +280,16 @@ cdef class Ring:
 
     def lend(self, terms):
         """Take the queue pair over as `terms` say; False where that cannot be."""
-        if any(disk.alignment > 1 for disk in terms.disks.values()) and ring_open_disks(&self.ring):
+        exports = [disk for disk in terms.disks.values() if disk.export is not None]
+        if len(exports) > RING_NBDS:
+            return False
+        is_direct = any(disk.alignment > 1 and disk.export is None for disk in terms.disks.values())
+        if is_direct and ring_open_disks(&self.ring):
             return False
         if terms.marks and ring_make_slots(&self.ring):
             return False
         self._take_memory(terms.memory)
-        self._take_disks(terms.disks)
+        self._take_disks(terms.disks, len(exports))
         self.terms = terms
         ring = &self.ring
         ring.sqid = terms.sqid
@@ -318,13 +335,18 @@ cdef class Ring:
             regions += 1
             self.ring.region_count += 1
 
-    cdef _take_disks(self, disks):
+    cdef _take_disks(self, disks, size_t exports):
         cdef uint32_t count = max(disks, default=0) + 1
         cdef ring_disk *table = <ring_disk *>PyMem_Calloc(count, sizeof(ring_disk))
-        if table == NULL:
+        cdef c_nbd *nbd = <c_nbd *>PyMem_Calloc(max(exports, 1), sizeof(c_nbd))
+        if table == NULL or nbd == NULL:
+            PyMem_Free(table)
+            PyMem_Free(nbd)
             raise MemoryError
         PyMem_Free(self.ring.disks)
+        PyMem_Free(self.ring.nbds)
         self.ring.disks, self.ring.disk_count = table, count
+        self.ring.nbds, self.ring.nbd_count = nbd, exports
         for nsid, disk in disks.items():
             entry = &table[<uint32_t>nsid]
             entry.present = 1
@@ -333,6 +355,10 @@ cdef class Ring:
             entry.alignment = disk.alignment
             entry.syncs, entry.durable = disk.syncs, disk.durable
             entry.zeroes_mode, entry.unmapped_mode, entry.discard_mode = disk.space
+            if disk.export is not None:
+                nbd.fd, nbd.can_fua, nbd.maximum = disk.fd, disk.export.can_fua, disk.export.maximum
+                entry.nbd = nbd
+                nbd += 1
 
     def take(self):
         """Take the queue pair back at once if the loop sleeps; return whether it did."""

@@ -14,6 +14,7 @@
 #include "doorbells.h"
 #include "execute.h"
 #include "marks.h"
+#include "nbd.h"
 #include "park.h"
 #include "prp.h"
 #include "slots.h"
@@ -76,8 +77,10 @@ int ring_begin(struct ring *ring)
     ring->in_flight = ring->failed = ring->unmarked_count = ring->marking_count = ring->marked = 0;
     for (uint32_t i = 0; i < RING_SLOTS; i++) {
         ring->free_slots[i] = i;
-        if (ring->slots)
+        if (ring->slots) {
             ring->slots[i].failed = 0;
+            ring->slots[i].nbd = NULL;
+        }
     }
     ring->free_count = RING_SLOTS;
     ring->announced = ring->cq_tail;
@@ -96,53 +99,82 @@ static void advance(struct ring *ring)
     store(ring->fetched, ring->fetched + 1);
 }
 
-/* Take what has ended at disks that take their time, and go on where there is more to do: successes are posted, the rest is
- * for Python. Return whether there was any. */
+/* What a slot had under way has ended. Go on where there is more to do; a success is posted, the rest is for Python. */
+static void settle(struct ring *ring, uint64_t index, int64_t result)
+{
+    struct ring_slot *slot = &ring->slots[index];
+    int is_read = slot->sqe[0] == OPCODE_READ, is_done = result >= 0 && (uint64_t)result == slot->length;
+
+    if (is_done && slot_next(ring, slot))
+        return;
+    if (is_done)
+        slot_count(ring, slot);
+    if (is_done && is_read && ring->marks) {
+        ring->unmarked[ring->unmarked_count++] = (uint32_t)index;
+        return;
+    }
+    if (is_read && ring->tracks) /* of one that failed some may be there */
+        note_all(ring, slot->addresses, slot->iovecs, slot->count);
+    if (is_done) {
+        post_slot(ring, (uint32_t)index);
+    } else {
+        store(ring->in_flight, ring->in_flight - 1);
+        slot_fail(ring, slot, (int32_t)result);
+    }
+}
+
+/* Take what has ended at disks that take their time; return whether there was any. */
 static int collect(struct ring *ring)
 {
     uint64_t index;
     int32_t result;
+    int64_t outcome;
     int was_any = 0;
 
     while (uring_reap(&ring->uring, &index, &result)) {
-        struct ring_slot *slot;
-        int is_read, is_done;
-
         if (index == URING_WAKE) {
             clear_wake(ring);
             continue;
         }
         was_any = 1;
-        slot = &ring->slots[index];
-        is_read = slot->sqe[0] == OPCODE_READ;
-        is_done = result >= 0 && (uint64_t)result == slot->length;
-        if (is_done && slot_next(ring, slot))
-            continue;
-        if (is_done)
-            slot_count(ring, slot);
-        if (is_done && is_read && ring->marks) {
-            ring->unmarked[ring->unmarked_count++] = (uint32_t)index;
-            continue;
-        }
-        if (is_read && ring->tracks) /* of one that failed some may be there */
-            note_all(ring, slot->addresses, slot->iovecs, slot->count);
-        if (is_done) {
-            post_slot(ring, (uint32_t)index);
-        } else {
-            store(ring->in_flight, ring->in_flight - 1);
-            slot_fail(ring, slot, result);
-        }
+        settle(ring, index, result);
+    }
+    for (uint32_t i = 0; i < ring->nbd_count; i++) {
+        struct nbd *nbd = &ring->nbds[i];
+        int is_more;
+
+        do {
+            is_more = nbd_receive(ring, nbd);
+            while (nbd_reap(ring, nbd, &index, &outcome)) {
+                was_any = 1;
+                settle(ring, index, outcome);
+            }
+        } while (is_more);
     }
     return was_any;
+}
+
+/* Wait as `doze` does, and until something can be received or sent, or has ended at a file. */
+static void wait_for_servers(struct ring *ring)
+{
+    struct pollfd wanted[1 + RING_NBDS] = {{.fd = ring->uring.fd, .events = POLLIN}};
+
+    doze_with(ring, wanted, 1 + nbd_poll(ring, wanted + 1));
 }
 
 /* Start what is prepared, and wait for something to end; what cannot be started is for Python. */
 static void submit(struct ring *ring, int and_wait)
 {
+    int at_servers = and_wait && nbd_in_flight(ring), is_failed;
     uint64_t index;
 
-    if (!(and_wait ? uring_submit_and_wait(&ring->uring) : uring_submit(&ring->uring)))
+    nbd_send_all(ring);
+    is_failed = and_wait && !at_servers ? uring_submit_and_wait(&ring->uring) : uring_submit(&ring->uring);
+    if (!is_failed) {
+        if (at_servers)
+            wait_for_servers(ring);
         return;
+    }
     while (uring_drop(&ring->uring, &index)) {
         store(ring->in_flight, ring->in_flight - 1);
         slot_fail(ring, &ring->slots[index], 0);
@@ -226,6 +258,10 @@ static int spin(struct ring *ring)
             }
             relax();
         }
+        if (nbd_has_news(ring)) {
+            ring->misses = 0;
+            return 1;
+        }
         announce_unless_expected(ring);
         waited = now_ns() - since;
     } while (waited < longest);
@@ -251,7 +287,8 @@ static void wait_for_flight(struct ring *ring, int is_ending)
 {
     int is_stopped, has_news, waits;
 
-    give_messages(ring);
+    if (!nbd_in_flight(ring)) /* only then that wait is for nothing else */
+        give_messages(ring);
     store_strict(ring->dozing, 1);
     is_stopped = (int)load_strict(ring->stop);
     has_news = (at_disks(ring) && uring_has_ended(&ring->uring)) || (ring->marking_count && load_strict(ring->marked));
@@ -275,7 +312,7 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
     if (load_strict(ring->state) != RING_RUNNING)
         return RING_GONE;
     for (;;) {
-        uint32_t count = 0, prepared = ring->uring.pending;
+        uint32_t count = 0, prepared = ring->uring.pending + nbd_unsent(ring);
 
         store_strict(ring->rung, 0);
         if (at_disks(ring) && collect(ring))
@@ -342,7 +379,7 @@ static enum ring_reason run(struct ring *ring, int may_wait, int may_attend)
 static int is_quick(const struct ring *ring)
 {
     for (uint32_t i = 0; i < ring->disk_count; i++)
-        if (ring->disks[i].alignment > 1)
+        if (ring->disks[i].alignment > 1 && !ring->disks[i].nbd)
             return 0;
     return 1;
 }

@@ -1,7 +1,7 @@
 /* One I/O queue pair as the compiled loop runs it.
  *
  * Python lends a queue pair to a ring (Controller.leases); from then on the ring owns its positions. The loop runs
- * what is common: reads and writes of raw files or of no file at all, flushes, zeroes and deallocations. Before
+ * what is common: reads and writes of raw files, of exports or of no file at all, flushes, zeroes and deallocations. Before
  * anything else it stops, with nothing of it done, and Python runs that command. Nothing here takes the GIL or waits for
  * anybody who holds it.
  *
@@ -24,6 +24,8 @@
 #define RING_SLOTS 128   /* commands at the disk at a time */
 #define SLOT_IOVECS 264  /* of one of those: 1 MiB in pages, and some */
 #define SLOT_RANGES 256  /* or ranges: what a Deallocate has */
+#define RING_NBDS 16     /* disks that are connections to NBD servers */
+#define NBD_REQUEST_SIZE 28
 #define MARK_RUNS 48     /* runs of memory marked dirty at a time: each may be a message */
 #define MARK_READS 32    /* so many reads wait for no more */
 #define DIRTY_PAGE 4096  /* the granularity of what was written */
@@ -48,11 +50,12 @@ struct ring_count {
 struct ring_disk {
     uint64_t blocks;
     int32_t fd;      /* < 0: none */
+    struct nbd *nbd; /* `fd` is its connection; NULL: it is a file */
     uint8_t present; /* this namespace is here and active */
     uint8_t shift;   /* log2 of a block's bytes */
     uint8_t writable;
     uint8_t zeroes; /* no fd: reads give zeroes; otherwise they leave memory as it is */
-    uint32_t alignment; /* > 1: O_DIRECT, to be read and written through io_uring, memory and lengths in multiples */
+    uint32_t alignment; /* > 1: O_DIRECT, to be read and written through io_uring, memory and lengths in multiples; or NBD */
     uint8_t syncs;      /* a flush does something; otherwise no write has to wait for stable storage either */
     uint8_t durable;    /* every write must be on stable storage when it completes */
     int32_t zeroes_mode, unmapped_mode, discard_mode; /* nvmove.block.lend.LentSpace; 0: nothing to do, < 0: Python's */
@@ -73,11 +76,16 @@ struct ring_slot {
     int32_t fd;
     uint64_t length; /* of the data */
     uint32_t count;  /* of its iovecs */
-    uint32_t range, range_count; /* those begun, and all, to be done one after the other by fallocate's `mode` */
+    uint32_t range, range_count; /* those begun, and all, to be done one after the other in this `mode`, fallocate's or NBD's */
     int32_t mode;
     uint8_t is_direct;
     uint8_t flushes;   /* then the file is to be flushed */
     uint8_t told_once; /* what is under way may meet such an error */
+    struct nbd *nbd;   /* where it is; NULL: at a file. Then also (nbd.c): */
+    uint64_t cookie;
+    uint8_t request[NBD_REQUEST_SIZE];
+    uint8_t sends, receives; /* the data of the iovecs */
+    uint8_t awaits;          /* the request was sent and has not ended */
     union {
         struct iovec iovecs[SLOT_IOVECS];
         struct ring_range ranges[SLOT_RANGES];
@@ -126,6 +134,8 @@ struct ring {
     uint32_t region_count;
     struct ring_disk *disks;
     uint32_t disk_count;
+    struct nbd *nbds; /* those of the disks */
+    uint32_t nbd_count;
     int64_t spin_ns; /* the longest busy wait */
     struct bells *bells; /* whom the client's messages are told; or NULL */
 

@@ -5,10 +5,13 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "nbd.h"
 
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
 {
-    return ring_open_disks(ring) ? NULL : slot_keep(ring, sqe, disk);
+    int error = disk->nbd ? ring_make_slots(ring) : ring_open_disks(ring);
+
+    return error ? NULL : slot_keep(ring, sqe, disk);
 }
 
 struct ring_slot *slot_keep(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
@@ -20,6 +23,7 @@ struct ring_slot *slot_keep(struct ring *ring, const struct sqe *sqe, const stru
     memcpy(slot->sqe, sqe, SQE_SIZE);
     slot->order = ring->fetched;
     slot->fd = disk->fd;
+    slot->nbd = disk->nbd;
     slot->is_direct = disk->alignment > 1;
     slot->failed = slot->range = slot->range_count = 0;
     slot->error = slot->mode = slot->flushes = slot->told_once = 0;
@@ -42,7 +46,14 @@ void slot_transfer(struct ring *ring, struct ring_slot *slot, uint32_t count, ui
     int is_read = slot->sqe[0] == OPCODE_READ;
 
     slot_data(ring, slot, count, length);
-    slot->told_once = (uint8_t)is_durable;
+    slot->told_once = is_durable || slot->nbd;
+    if (slot->nbd) {
+        int has_fua = is_durable && slot->nbd->can_fua;
+
+        slot->flushes = is_durable && !has_fua;
+        nbd_prepare(ring, slot, is_read ? NBD_READ : NBD_WRITE, has_fua ? NBD_FUA : 0, offset, (uint32_t)length);
+        return;
+    }
     if (is_durable)
         uring_prepare_durable(&ring->uring, slot->is_direct, slot->fd, slot->iovecs, count, offset,
                               (uint64_t)(slot - ring->slots));
@@ -57,14 +68,21 @@ int slot_next(struct ring *ring, struct ring_slot *slot)
     if (slot->range < slot->range_count) {
         const struct ring_range *range = &slot->ranges[slot->range++];
 
-        uring_prepare_allocate(&ring->uring, slot->fd, slot->mode, range->offset, range->length, id);
+        if (slot->nbd)
+            nbd_prepare(ring, slot, NBD_MODE_TYPE(slot->mode), NBD_MODE_FLAGS(slot->mode), range->offset,
+                        (uint32_t)range->length);
+        else
+            uring_prepare_allocate(&ring->uring, slot->fd, slot->mode, range->offset, range->length, id);
         return 1;
     }
     if (!slot->flushes)
         return 0;
     slot->flushes = 0;
     slot->told_once = 1;
-    uring_prepare_sync(&ring->uring, slot->fd, id);
+    if (slot->nbd)
+        nbd_prepare(ring, slot, NBD_FLUSH, 0, 0, 0);
+    else
+        uring_prepare_sync(&ring->uring, slot->fd, id);
     return 1;
 }
 
@@ -97,7 +115,7 @@ void slot_count(struct ring *ring, const struct ring_slot *slot)
     }
 }
 
-/* Whether the kernel refused the call as such: it has not looked for errors then. */
+/* Whether the kernel, or the server, refused the call as such: it has not looked for errors then. */
 static int is_refusal(int32_t error)
 {
     return error == EINVAL || error == EOPNOTSUPP || error == ENOSYS || error == EAGAIN || error == EINTR ||

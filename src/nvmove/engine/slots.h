@@ -11,7 +11,7 @@ static inline int must_be_durable(const struct ring *ring, const struct sqe *sqe
     return disk->syncs && (sqe->cdw12 & FORCE_UNIT_ACCESS || ring->durable || disk->durable);
 }
 
-/* Take a slot for a command, to be started; NULL: there is no io_uring here. Its disk is `disk`. */
+/* Take a slot for a command, to be started; NULL: there is none, or no io_uring here. Its disk is `disk`. */
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
 /* The same for one that needs no io_uring; the ring has slots. */
 struct ring_slot *slot_keep(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);

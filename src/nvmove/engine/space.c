@@ -7,6 +7,8 @@
 #define RANGES_MASK 0xffu
 #define ATTRIBUTE_DEALLOCATE (1u << 2)
 
+#define LONGEST_REQUEST (1u << 30)
+
 struct dsm_range {
     uint32_t attributes, blocks;
     uint64_t lba;
@@ -16,6 +18,12 @@ _Static_assert(sizeof(struct dsm_range) == 16, "a range has 16 bytes");
 static int is_inside(const struct ring_disk *disk, uint64_t lba, uint64_t blocks)
 {
     return lba <= disk->blocks && blocks <= disk->blocks - lba;
+}
+
+/* NBD has 32 bits for a length. */
+static int is_short(const struct ring_disk *disk, uint64_t blocks)
+{
+    return !disk->nbd || blocks << disk->shift <= LONGEST_REQUEST;
 }
 
 static struct ring_range range_of(const struct ring_disk *disk, uint64_t lba, uint64_t blocks)
@@ -96,7 +104,7 @@ static enum outcome deallocate(struct ring *ring, const struct sqe *sqe, struct 
     if (!disk->writable || disk->discard_mode < 0)
         return FOR_PYTHON;
     for (uint32_t i = 0; i < count; i++) {
-        if (!is_inside(disk, ranges[i].lba, ranges[i].blocks))
+        if (!is_inside(disk, ranges[i].lba, ranges[i].blocks) || !is_short(disk, ranges[i].blocks))
             return FOR_PYTHON;
         if (ranges[i].blocks)
             ranges[used++] = ranges[i];

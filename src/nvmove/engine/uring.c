@@ -169,16 +169,18 @@ int uring_drop(struct uring *uring, uint64_t *id)
 
 int uring_has_ended(const struct uring *uring)
 {
-    return *uring->cq_head != load(*uring->cq_tail);
+    return uring->fd >= 0 && *uring->cq_head != load(*uring->cq_tail);
 }
 
 int uring_reap(struct uring *uring, uint64_t *id, int32_t *result)
 {
-    uint32_t head = *uring->cq_head;
-    const struct io_uring_cqe *cqe = &uring->cqes[head & uring->cq_mask];
+    const struct io_uring_cqe *cqe;
+    uint32_t head;
 
     if (!uring_has_ended(uring))
         return 0;
+    head = *uring->cq_head;
+    cqe = &uring->cqes[head & uring->cq_mask];
     *id = cqe->user_data;
     *result = cqe->res;
     if (*id == URING_WAKE)

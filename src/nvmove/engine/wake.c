@@ -1,7 +1,7 @@
 #include "wake.h"
 
 #include <errno.h>
-#include <poll.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "atomics.h"
@@ -77,12 +77,15 @@ void give_messages(struct ring *ring)
     ring->reads = 0;
 }
 
-void doze(struct ring *ring)
+void doze_with(struct ring *ring, const struct pollfd *others, uint32_t count)
 {
-    struct pollfd wanted[] = {{.fd = ring->wake_fd, .events = POLLIN},
-                              {.fd = is_reader(ring) ? ring->bells->inbox.socket : -1, .events = POLLIN}};
+    struct pollfd wanted[2 + RING_OTHERS] = {
+        {.fd = ring->wake_fd, .events = POLLIN},
+        {.fd = is_reader(ring) ? ring->bells->inbox.socket : -1, .events = POLLIN},
+    };
 
-    while (poll(wanted, 2, -1) < 0 && errno == EINTR)
+    memcpy(wanted + 2, others, count * sizeof *others);
+    while (poll(wanted, 2 + count, -1) < 0 && errno == EINTR)
         ;
     if (wanted[0].revents)
         clear_wake(ring);
@@ -91,6 +94,13 @@ void doze(struct ring *ring)
         read_doorbells(ring);
         store_strict(ring->dozing, 1);
     }
+}
+
+void doze(struct ring *ring)
+{
+    struct pollfd none;
+
+    doze_with(ring, &none, 0);
 }
 
 void ring_kick(struct ring *ring)

@@ -2,7 +2,11 @@
 #ifndef NVMOVE_WAKE_H
 #define NVMOVE_WAKE_H
 
+#include <poll.h>
+
 #include "ring.h"
+
+#define RING_OTHERS (1 + RING_NBDS)
 
 /* Make an eventfd readable. */
 void write_event(int fd);
@@ -14,6 +18,8 @@ void clear_wake(struct ring *ring);
 /* Wait for `wake`, or if the client's messages are this loop's, for one. The caller has set `dozing`, and looked after
  * that whether there is a reason to sleep. */
 void doze(struct ring *ring);
+/* The same, or for what the others say, RING_OTHERS at the most. */
+void doze_with(struct ring *ring, const struct pollfd *others, uint32_t count);
 
 /* Be the one who reads the client's messages, if that can be; whether so. */
 int is_reader(struct ring *ring);

@@ -1,10 +1,10 @@
 """Queue pairs lent to an engine that runs them itself, without Python.
 
 A pair is lent only while all about it is plain: an I/O queue that has its completion queue for itself, nothing in
-flight, held or aborted, disks that are files. While it is lent its positions are the borrower's, all completion queue
-slots count as given out, and the lease counts as one thing in flight. So whatever waits for what is in flight waits for
-the lease's end: pause, disable, reset, deletion, shutdown, unmap. Whoever starts to wait revokes the lease. A borrower
-that sleeps gives back at once, without its thread; one that works, after the command it is at.
+flight, held or aborted, disks that are files or exports. While it is lent its positions are the borrower's, all
+completion queue slots count as given out, and the lease counts as one thing in flight. So whatever waits for what is in
+flight waits for the lease's end: pause, disable, reset, deletion, shutdown, unmap. Whoever starts to wait revokes the
+lease. A borrower that sleeps gives back at once, without its thread; one that works, after the command it is at.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nvmove.nvme.seams import (
     Borrower,
     Counts,
     LeaseTerms,
+    Lending,
     LendsInterrupts,
     LendsMemory,
     LentDisk,
@@ -46,9 +47,10 @@ if TYPE_CHECKING:
 _OPERATIONS = {
     Nvm.FLUSH: Operation.FLUSH,
     Nvm.WRITE: Operation.WRITE,
+    Nvm.READ: Operation.READ,
     Nvm.WRITE_ZEROES: Operation.WRITE_ZEROES,
 }
-"""What a borrower makes durable."""
+"""What a borrower may be told an error of that is told once."""
 
 _SOON = 0.002
 """Seconds for loops to stop where they are; after that their threads give back what they have."""
@@ -100,21 +102,27 @@ class Leases:
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
-    def lend(self, sqid: int, borrower: Borrower) -> bool:
+    def lend(self, sqid: int, borrower: Borrower) -> Lending:
         """Lend a queue pair; see `Lender.lend`."""
+        result = Lending.REFUSED
         with self._lock:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._is_plain(sq):
-                return False
+                return result
             lease = _Lease(sq, borrower)
             borrower.prepare()
             try:
-                self._begin(lease, self._terms(lease))
-                return True
+                terms = self._terms(lease)
+                if not sq.in_flight:
+                    self._begin(lease, terms)
+                    return Lending.LENT
+                if any(disk.export for disk in terms.disks.values()):  # Python's requests there never end all at once
+                    result = Lending.SOON
+                    sq.on_idle = functools.partial(self._controller.engine.kick, sqid)
             except _Refused:
                 pass
         lease.release()
-        return False
+        return result
 
     def mark(self, borrower: Borrower) -> None:
         """Have data marked dirty; see `Lender.mark`."""
@@ -169,7 +177,8 @@ class Leases:
             and not self._controller.doorbells.is_refused(sq)
             and self._controller.doorbells.is_clear(sq)
             and sq.sqid != 0
-            and not (sq.held or sq.aborted or sq.in_flight or cq.reserved)
+            and not (sq.held or sq.aborted)
+            and cq.reserved <= sq.in_flight
             and cq.sqs == {sq.sqid}
             and (self._controller.interrupts.msix_enabled or not cq.irq_enabled)
         )
@@ -197,6 +206,7 @@ class Leases:
                 file.syncs,
                 file.durable,
                 file.space,
+                file.export,
             )
         if not isinstance(controller.memory, LendsMemory):
             raise _Refused
@@ -428,14 +438,15 @@ def _refuse(status: Status, command: Command) -> None:
 
 
 def _fail(code: int, command: Command) -> None:
-    """What a flush, or a write that had to be durable, met with."""
+    """What a flush, a write that had to be durable, or any request at an export met with."""
     if command.stale:
         command.complete()
         return
     namespace = command.controller.namespaces.get(command.nsid)
     assert namespace is not None  # it was lent
     operation = _OPERATIONS[command.opcode]
-    if isinstance(namespace.backend, LendsFile) and (operation is not Operation.WRITE or code == errno.EIO):
+    is_sync = operation is not Operation.READ and (operation is not Operation.WRITE or code == errno.EIO)
+    if isinstance(namespace.backend, LendsFile) and is_sync:
         namespace.backend.sync_failed(code)
     with command.controller.lock:
         namespace.counters.fail(operation)

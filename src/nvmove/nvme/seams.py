@@ -9,10 +9,11 @@ Rules that every implementation and every caller keeps:
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from nvmove.block.lend import LentSpace
+from nvmove.block.lend import LentExport, LentSpace
 
 
 class DmaError(Exception):
@@ -137,7 +138,7 @@ class LendsInterrupts(Protocol):
 
 
 class LentDisk(NamedTuple):
-    """A namespace whose back end is a file, or nothing at all (`fd` -1)."""
+    """A namespace whose back end is a file, an export, or nothing at all (`fd` -1)."""
 
     fd: int
     blocks: int
@@ -146,12 +147,15 @@ class LentDisk(NamedTuple):
     zeroes: bool = False
     """Without a file: reads give zeroes, and do not leave memory as it is."""
     alignment: int = 1
-    """More: O_DIRECT, which wants memory and lengths in such multiples. Slow: it needs depth."""
+    """More: O_DIRECT, which wants memory and lengths in such multiples, or an export, which wants lengths so. Slow: it
+    needs depth."""
     syncs: bool = True
     """Whether a flush does something."""
     durable: bool = False
     """Each write is to be as with FUA."""
     space: LentSpace = LentSpace()
+    export: LentExport | None = None
+    """`fd` is a connection to it."""
 
 
 class LentDoorbell(NamedTuple):
@@ -207,7 +211,8 @@ class FailedCommand(NamedTuple):
     """Which since `lend`."""
     sqe: bytes
     errno: int
-    """Why its data did not get to stable storage, which Linux tells once; 0: the back end is to be asked again."""
+    """Why its data did not get to stable storage, which Linux tells once, or what a server answered; 0: the back end is
+    to be asked again."""
 
 
 Counts = dict[int, tuple[tuple[int, int], ...]]
@@ -290,11 +295,20 @@ class Borrower(Protocol):
         """No interrupt is sent after this."""
 
 
+class Lending(enum.Enum):
+    """What became of a wish to borrow."""
+
+    LENT = enum.auto()
+    REFUSED = enum.auto()
+    SOON = enum.auto()
+    """Nothing is in the way but commands that Python has under way: the queue is kicked when they have ended."""
+
+
 class Lender(Protocol):
     """Lends queue pairs to an engine; all of it is for the queue's worker."""
 
-    def lend(self, sqid: int, borrower: Borrower) -> bool:
-        """Lend submission queue `sqid` and its completion queue, if all is plain about them; return whether it is."""
+    def lend(self, sqid: int, borrower: Borrower) -> Lending:
+        """Lend submission queue `sqid` and its completion queue, if all is plain about them."""
 
     def mark(self, borrower: Borrower) -> None:
         """Have marked what `take_marks` returns. Never waits: `Borrower.marked` says when."""
