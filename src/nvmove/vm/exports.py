@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvmove.block.backend import Backend
+from nvmove.block.config import OpenOptions
 from nvmove.block.nbd import open_nbd
 from nvmove.vm.monitor import QmpError
 from nvmove.vm.runstate import Monitor
 
 REMOVE_SECONDS = 10.0
 """How long QEMU may take to end an export's connections."""
+
+_ALL = OpenOptions(discard="unmap")
+"""What the guest gives back is told to QEMU's node, whose own `discard` says what comes of it."""
 
 
 def _name() -> str:
@@ -91,7 +95,7 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
         for export in exports:
             await add_export(monitor, export)
             uri = f"nbd+unix:///{export.name}?socket={socket}"
-            opened[export.drive] = await asyncio.to_thread(open_nbd, uri)
+            opened[export.drive] = await asyncio.to_thread(open_nbd, uri, options=_ALL)
     except BaseException:
         for backend in opened.values():
             backend.close()

@@ -10,6 +10,7 @@ import pytest
 from tests.nvme_guest import Disk
 
 from nvmove.block.backend import BackendError
+from nvmove.block.config import OpenOptions
 from nvmove.vm import exports
 from nvmove.vm.exports import Export, open_exports
 from nvmove.vm.monitor import QmpError
@@ -42,7 +43,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, Closed]:
     """What was connected to, by its URI."""
     disks: dict[str, Closed] = {}
 
-    def open_nbd(uri: str, **_options: Any) -> Disk:
+    def open_nbd(uri: str, options: OpenOptions) -> Disk:
+        assert options.unmap  # what the guest gives back is for QEMU's node to keep or not
         return disks.setdefault(uri, Closed())
 
     monkeypatch.setattr(exports, "open_nbd", open_nbd)

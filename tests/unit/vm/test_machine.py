@@ -165,7 +165,7 @@ def test_qemu_that_dies_before_the_export_is_connected_ends_us_with_its_status(
     """The failure to connect is only a consequence."""
     vm.change_drive(in_qemu=True, node="n0")
 
-    def dead(uri: str) -> Disk:
+    def dead(uri: str, **_options: Any) -> Disk:
         vm.qemu.loop.call_soon_threadsafe(vm.qemu.die, 134)
         raise BackendError(f"cannot connect to {uri}")
 
@@ -236,7 +236,7 @@ def test_a_disk_in_qemu_is_exported_and_the_guest_gets_its_size(vm: FakeVm, monk
     disk = Disk(2 << 20)
     uris: list[str] = []
 
-    def open_nbd(uri: str) -> Disk:
+    def open_nbd(uri: str, **_options: Any) -> Disk:
         uris.append(uri)
         return disk
 
