@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import socket
-import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +18,7 @@ from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.vm import qemu
 from nvmove.vm.plan import Plan, PlannedDevice, PlannedDrive
 from nvmove.vmstate.bus import VMStateBus
+from tests.directories import short_directory
 from tests.fake_qemu import FakeQemu
 
 
@@ -188,8 +187,5 @@ class FakeVm:
 @contextlib.contextmanager
 def fake_vm(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVm]:
     """A fake VM in a directory of its own, of a short name: socket paths have 107 bytes."""
-    directory = Path(tempfile.mkdtemp(prefix="nvmove-t-", dir="/tmp"))
-    try:
+    with short_directory() as directory:
         yield FakeVm(directory, monkeypatch)
-    finally:
-        shutil.rmtree(directory)

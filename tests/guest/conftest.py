@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import Marked, marked, wait_gone
 from nvmove.lab.sysroot import Sysroot, find_sysroot
+from tests.directories import short_directory
 from tests.guest.failing_disks import SmallDisk
 
 MachineFactory = Callable[..., Machine]
@@ -50,16 +49,6 @@ def front() -> list[str]:
 
 
 @contextmanager
-def directory() -> Iterator[Path]:
-    """A directory with a short name (socket paths have 107 bytes), removed at the end."""
-    path = Path(tempfile.mkdtemp(prefix="nvmove-t-", dir="/tmp"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)
-
-
-@contextmanager
 def clean_machine(tree: Sysroot, front: list[str], path: Path, memory: str = "512M") -> Iterator[Machine]:
     """A machine. When the test has left it running it is killed; what it then leaves must be nothing that runs."""
     machine = Machine(path, tree, front, memory)
@@ -73,7 +62,7 @@ def clean_machine(tree: Sysroot, front: list[str], path: Path, memory: str = "51
 @pytest.fixture
 def work() -> Iterator[Path]:
     """A directory for one test."""
-    with directory() as path:
+    with short_directory() as path:
         yield path
 
 
@@ -93,7 +82,7 @@ def nvmove(work: Path) -> Iterator[Nvmove]:
 @pytest.fixture(scope="module")
 def module_work() -> Iterator[Path]:
     """A directory for one module's shared guest."""
-    with directory() as path:
+    with short_directory() as path:
         yield path
 
 

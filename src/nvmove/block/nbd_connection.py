@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 
 from nvmove.block import libnbd
@@ -14,6 +15,9 @@ from nvmove.block.libnbd import Handle, NbdError
 from nvmove.block.nbd_link import Link
 
 _log = logging.getLogger(__name__)
+
+_GOODBYE = 1.0
+"""Seconds that the server gets for its part in the end of the connection."""
 
 
 class Connection(Link):
@@ -39,15 +43,8 @@ class Connection(Link):
     def look(self) -> None:
         """Find the connection lost if the server has hung up, before its thread has seen that."""
         with self._lock:
-            if not self._closing and (self._handle.is_lost or self._is_hung_up()):
+            if not self._closing and (self._handle.is_lost or self._has(select.POLLRDHUP)):
                 self._refusal = self._refusal or errno.ENOTCONN
-
-    def _is_hung_up(self) -> bool:
-        fd = self._handle.fd
-        poll = select.poll()
-        if fd >= 0:
-            poll.register(fd, select.POLLRDHUP)
-        return fd < 0 or bool(poll.poll(0))
 
     def issue(self, start: Callable[[Handle], int], done: Callable[[int], None]) -> None:
         """Start a command; `done(errno)` is called once, on this connection's thread or, when it cannot start, here."""
@@ -77,6 +74,16 @@ class Connection(Link):
         self._goodbye()
         self._free()
         self._fail_pending(refusal)
+
+    def _goodbye(self) -> None:
+        deadline = time.monotonic() + _GOODBYE
+        try:
+            if not self._handle.is_lost:
+                self._handle.disconnect()
+            while not self._handle.is_lost and time.monotonic() < deadline:
+                self._wait(deadline - time.monotonic())
+        except NbdError as error:
+            _log.debug("nbd: %s", error)
 
     def _wake(self) -> None:
         os.eventfd_write(self._wakeup, 1)

@@ -22,9 +22,6 @@ DEFAULT_MAXIMUM = 32 << 20
 _EVENTS = (0, select.POLLIN, select.POLLOUT, select.POLLIN | select.POLLOUT)
 """What to poll for, by libnbd's direction."""
 
-_GOODBYE = 1.0
-"""Seconds that the server gets for its part in the end of the connection."""
-
 
 @dataclass(frozen=True, slots=True)
 class Export:
@@ -80,9 +77,15 @@ class Link:
     @property
     def is_quiet(self) -> bool:
         """Whether the connection lives and nothing has come from the server."""
+        return not self._has(select.POLLIN | select.POLLRDHUP)
+
+    def _has(self, events: int) -> bool:
+        """Whether one of `events` is there now, or no socket is."""
+        fd = self.fd
         poll = select.poll()
-        poll.register(self.fd, select.POLLIN | select.POLLRDHUP)
-        return not poll.poll(0)
+        if fd >= 0:
+            poll.register(fd, events)
+        return fd < 0 or bool(poll.poll(0))
 
     def cut(self) -> None:
         """End it at once, whoever uses the socket; it stays open until `leave`."""
@@ -160,13 +163,3 @@ class Link:
     def _close_wakeup(self) -> None:
         if self._wakeup >= 0:
             os.close(self._wakeup)
-
-    def _goodbye(self) -> None:
-        deadline = time.monotonic() + _GOODBYE
-        try:
-            if not self._handle.is_lost:
-                self._handle.disconnect()
-            while not self._handle.is_lost and time.monotonic() < deadline:
-                self._wait(deadline - time.monotonic())
-        except NbdError as error:
-            _log.debug("nbd: %s", error)

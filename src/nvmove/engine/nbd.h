@@ -49,7 +49,6 @@ int nbd_receive(struct ring *ring, struct nbd *nbd);
 int nbd_reap(struct ring *ring, struct nbd *nbd, uint64_t *index, int64_t *result);
 
 /* All connections of a ring. */
-static inline uint32_t nbd_in_flight(const struct ring *ring);
 uint32_t nbd_unsent(const struct ring *ring);
 void nbd_send_all(struct ring *ring);
 /* Say what to wait for, in at most `ring->nbd_count` entries, and return how many. */

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nvmove.nvme import features, identify, logs, management
+from nvmove.nvme.activity import call
 from nvmove.nvme.dptr import LOCATION
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
@@ -118,8 +119,7 @@ def _delete_sq(controller: Controller, command: Command) -> None:
         if sq is None or sq.sqid == 0:
             raise CommandError(Status.INVALID_QID, location=CDW10)
         after = controller.delete_sq(sq, command.complete)
-    for callback in after:
-        callback()
+    call(after)
 
 
 def _abort(controller: Controller, command: Command) -> None:

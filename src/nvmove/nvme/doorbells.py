@@ -28,6 +28,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from nvmove.nvme.activity import call
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
@@ -318,8 +319,7 @@ class Doorbells:
     def _leave(self, watch: _Watch) -> None:
         with self._lock:
             after = self._controller.activity.leave(watch.sq)
-        for callback in after:
-            callback()
+        call(after)
 
     def _lost(self, watch: _Watch, what: str) -> None:
         if watch.sq.epoch == self._controller.epoch:

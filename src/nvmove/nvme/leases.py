@@ -283,13 +283,11 @@ class Leases:
 
         def release() -> None:
             lease.release()
-            for end in ends:
-                end()
+            call(ends)
             with self._lock:
                 after = controller.activity.leave(sq)
                 self._ended.notify_all()
-            for callback in after:
-                callback()
+            call(after)
 
         return release
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from nvmove.vmstate.flat import Flat, Unfit, Writer, array, value_of
+from nvmove.vmstate.flat import Flat, Unfit, Writer, array, encoded, value_of
 from nvmove.vmstate.schema import Reader, StateError, VMStateDescription
 from nvmove.vmstate.tree import Json, Tree
 
@@ -212,7 +212,7 @@ class Pointers:
     @property
     def layout(self) -> Writer:
         """See Field."""
-        marker = msgspec.Raw(msgspec.json.encode({"name": self.name, "type": "ptr-marker", "size": 1}))
+        marker = encoded({"name": self.name, "type": "ptr-marker", "size": 1})
         element = _fixed(self.name, Struct(self.name, self.description).layout)
 
         def write(out: bytearray, tree: Tree, root: Tree, path: str) -> list[msgspec.Raw]:

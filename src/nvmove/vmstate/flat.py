@@ -46,7 +46,7 @@ class Flat:
     @cached_property
     def raw(self) -> msgspec.Raw:
         """The JSON, encoded."""
-        return msgspec.Raw(msgspec.json.encode(self.json))
+        return encoded(self.json)
 
     @cached_property
     def _struct(self) -> struct.Struct:
@@ -59,6 +59,11 @@ class Flat:
         except (Unfit, KeyError, TypeError, struct.error):
             self.check(value, path)
             raise
+
+
+def encoded(json: Json) -> msgspec.Raw:
+    """Return `json` as text, to be encoded no more."""
+    return msgspec.Raw(msgspec.json.encode(json))
 
 
 def value_of(tree: Tree, name: str, path: str) -> Any:
