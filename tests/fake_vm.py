@@ -162,7 +162,7 @@ class FakeVm:
         async def start_bus(run_directory: Path) -> FakeBus:
             return self.bus
 
-        async def start(program: object, arguments: Sequence[str], *, uses_stdio: bool = False) -> FakeProcess:
+        async def start(program: object, arguments: Sequence[str], **_: object) -> FakeProcess:
             self.process = FakeProcess(self, arguments)
             return self.process
 

@@ -51,7 +51,7 @@ def main() -> int:
         args = parser(only=name if name in COMMANDS else "").parse_args()
         return int(importlib.import_module(COMMANDS[args.command][0]).run(args))
     except UserError as error:
-        print(f"nvmove: {error}", file=sys.stderr)
+        error.say()
         return error.status
     except KeyboardInterrupt:
         return 130

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import Marked, marked
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import disk, make_image, savevm
+from tests.waiting import wait
 
 LIMIT = 60
 
@@ -149,6 +152,48 @@ def test_monitor_socket_in_a_directory_that_is_not_there(work: Path, tree: Sysro
 def test_loadvm_of_a_snapshot_that_does_not_exist(work: Path, tree: Sysroot, image: Path) -> None:
     said = refused(work, tree, ["-M", "q35", *drive(f"file={image},format=qcow2"), *NVME, "-loadvm", "absent"])
     assert "absent" in said
+
+
+def test_a_manager_finds_the_line_when_its_monitor_is_closed(work: Path, tree: Sysroot, image: Path) -> None:
+    words = ["-nodefaults", "-display", "none", "-M", "q35", *disk(image), "-loadvm", "absent"]
+    monitor = ["-qmp", f"unix:{work}/qmp,server=on,wait=off"]
+    started = Marked.start(
+        [*nvmove_command(), "run", tree.program("qemu-system-x86_64"), *words, *monitor],
+        work / "said",
+        environment={"XDG_RUNTIME_DIR": str(work)},
+    )
+    try:
+        with socket.socket(socket.AF_UNIX) as manager:
+            wait(lambda: manager.connect_ex(f"{work}/qmp") == 0)
+            manager.settimeout(LIMIT)
+            with contextlib.suppress(ConnectionResetError):
+                while manager.recv(4096):
+                    pass
+            assert "absent" in started.output
+        assert started.wait(LIMIT) == 1
+    finally:
+        started.kill_all()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("usb-storage,drive=d1", "No 'usb-bus' bus found for device 'usb-storage'"),
+        ("nvme,serial=S2,drive=d1,bus=none.0", "Bus 'none.0' not found"),
+        ("nvme,serial=S2,drive=d1,addr=1f", "PCI: slot 31 function 0 not available for nvme"),
+    ],
+)
+def test_qemus_own_messages_name_what_was_typed(
+    work: Path, tree: Sysroot, image: Path, device: str, message: str
+) -> None:
+    second = ["-drive", "if=none,id=d1,driver=null-co,size=1M"]
+    said = refused(work, tree, ["-M", "q35", *drive(f"file={image},format=qcow2"), *NVME, *second, "-device", device])
+    assert f": -device {device}: {message}" in said
+
+
+def test_more_memory_than_there_is(work: Path, tree: Sysroot, image: Path) -> None:
+    said = refused(work, tree, ["-m", "512T", *drive(f"file={image},format=qcow2"), *NVME])
+    assert "cannot set up guest memory" in said and "Cannot allocate memory" in said
 
 
 def test_snapshot_names_in_the_running_vm(machine: Machine, image: Path) -> None:

@@ -22,7 +22,7 @@ from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
 from nvmove.vm import memory, monitors, placement, qemu
 from nvmove.vm.argv import Item
-from nvmove.vm.plan import DEFER, Plan, PlannedDevice, PlannedDrive
+from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
 
 QMP_CHARDEV = "nvmove-qmp"
 _REFUSED: Mapping[str, str] = {
@@ -79,7 +79,7 @@ class _Lifting:
         for place, controller, device in zip(
             [place for place in at if at[place].get("driver") == "nvme"], parsed, devices, strict=True
         ):
-            substitutes[place] = _vfio_user_pci(controller, device)
+            substitutes[place] = self.items[place].instead(_vfio_user_pci(controller, device))
         items = placement.place(self.items, substitutes, self.program.property_types)
         items = _without_drives(items, used.values())
         lifted = monitors.lift(items, self.directory)
@@ -109,6 +109,7 @@ class _Lifting:
             incoming=incoming,
             qemu_uses_stdio=lifted.qemu_uses_stdio,
             warnings=tuple(self.warnings),
+            wording=words.wording(items),
         )
 
     def _controllers(self) -> tuple[dict[int, Option], list[ParsedController]]:
@@ -264,7 +265,7 @@ def _apply_set(items: Sequence[Item]) -> list[Item]:
             continue
         for at, other in enumerate(kept):
             if other.name == group and _id_in_words(other) == ident:
-                kept[at] = Item.make(group, f"{other.value},{key}={syntax.escape(value)}")
+                kept[at] = other.instead(f"{other.value},{key}={syntax.escape(value)}")
                 break
         else:
             kept.append(item)  # QEMU says that there is none
@@ -320,14 +321,14 @@ def _as_text(value: object) -> str:
     return str(value)
 
 
-def _vfio_user_pci(controller: ParsedController, device: PlannedDevice) -> Item:
+def _vfio_user_pci(controller: ParsedController, device: PlannedDevice) -> str:
     values = {
-        "driver": "vfio-user-pci",
+        "driver": DRIVER,
         "id": device.id,
         "socket": {"type": "unix", "path": str(device.socket)},
         **controller.pci,
     }
-    return Item.make("device", syntax.to_json(values))
+    return syntax.to_json(values)
 
 
 def _drives_by_id(items: Iterable[Item]) -> dict[str, Option]:
@@ -380,6 +381,6 @@ def _without_drives(items: Sequence[Item], used: Iterable[Drive]) -> list[Item]:
             values = dict(left.values)
             if drive.config.node_name:
                 values.setdefault("node-name", drive.config.node_name)
-            item = Item.make("drive", syntax.unparse(values))  # noqa: PLW2901
+            item = item.instead(syntax.unparse(values))  # noqa: PLW2901
         kept.append(item)
     return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _WITH_ARGUMENT = frozenset(
     """
@@ -28,11 +28,18 @@ class Item:
     words: tuple[str, ...]
     name: str = ""
     value: str = ""
+    typed: tuple[str, ...] = field(default=(), compare=False)
+    """The user's words that it stands for, where QEMU is given others."""
 
     @classmethod
     def make(cls, name: str, value: str) -> Item:
         """Return `-name value`."""
         return cls((f"-{name}", value), name, value)
+
+    def instead(self, value: str, name: str = "") -> Item:
+        """Return what QEMU gets instead of this option of the user's."""
+        name = name or self.name
+        return Item((f"-{name}", value), name, value, self.typed or self.words)
 
 
 def read(arguments: Sequence[str]) -> list[Item]:
@@ -52,6 +59,11 @@ def read(arguments: Sequence[str]) -> list[Item]:
 def words(items: Iterable[Item]) -> list[str]:
     """Return the arguments that `items` stand for."""
     return [word for item in items for word in item.words]
+
+
+def wording(items: Iterable[Item]) -> dict[str, str]:
+    """Return what the user typed by what QEMU is given instead, both as QEMU shows an option in its messages."""
+    return {" ".join(item.words): " ".join(item.typed) for item in items if item.typed and item.typed != item.words}
 
 
 def asks_for_help(items: Iterable[Item]) -> bool:

@@ -11,17 +11,14 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from nvmove.block.backend import BackendError
 from nvmove.block.fault import FaultRules
 from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.options.faults import add_argument, parse_fault
-from nvmove.vfio.transport import ListenError
 from nvmove.vm.arguments import lift
 from nvmove.vm.machine import Machine
 from nvmove.vm.plan import Plan
 from nvmove.vm.rundir import RunDirectory
-from nvmove.vmstate.dbus_daemon import BusError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
             faults = FaultRules()
             for text in args.fault:
                 faults.add(parse_fault(text, plan.drive_names))
-            try:
-                return asyncio.run(Machine(plan, directory, faults).run())
-            except (BackendError, BusError, ListenError) as error:
-                raise UserError(str(error)) from None
+            return asyncio.run(Machine(plan, directory, faults).run())
     if args.fault:
         raise UserError(f"--fault {args.fault[0]}: no -device nvme is there that it could be for")
     return _become(plan)

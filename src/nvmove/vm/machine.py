@@ -7,8 +7,9 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
 from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
+from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.blockstats import BlockStats
@@ -43,17 +45,20 @@ from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.nbdserver import NbdServer
 from nvmove.vm.ownimages import OwnImages
 from nvmove.vm.pciaddress import ReplayError
-from nvmove.vm.plan import Plan, PlannedDrive
+from nvmove.vm.plan import DRIVER, Plan, PlannedDrive
+from nvmove.vm.qemuerrors import ErrorRelay, Wording
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.bus import VMStateBus
+from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.machine import IDENT
 
 log = logging.getLogger(__name__)
 
 _QUIT_SECONDS = 10
+_STDERR = 2
 
 
 @dataclass
@@ -96,32 +101,47 @@ class Machine:
 
     async def _run(self) -> int:
         async with self._cleanup:
-            program = await asyncio.to_thread(qemu.find, self._plan.program)
-            bus = await self._start_bus()
-            self._open_drives()
-            await self._start_devices(bus)
-            monitors = Monitors(self._plan.endpoints)
-            self._cleanup.push_async_callback(monitors.close)
-            await monitors.open()
-            client = QemuClient()
-            await client.start_server(str(self._plan.qmp_socket))
-            process = await qemu.start(program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio)
-            self._process = process
-            gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
-            ended = asyncio.create_task(process.wait())
-            self._cleanup.push_async_callback(_end, process)
-            self._cleanup.push_async_callback(_disconnect, client)
-            try:
+            with _said_first():
+                return await self._live()
+
+    async def _live(self) -> int:
+        program = await asyncio.to_thread(qemu.find, self._plan.program)
+        bus = await self._start_bus()
+        self._open_drives()
+        await self._start_devices(bus)
+        monitors = Monitors(self._plan.endpoints)
+        self._cleanup.push_async_callback(monitors.close)
+        await monitors.open()
+        client = QemuClient()
+        await client.start_server(str(self._plan.qmp_socket))
+        process = await self._start_qemu(program, bus)
+        gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
+        ended = asyncio.create_task(process.wait())
+        self._cleanup.push_async_callback(_end, process)
+        self._cleanup.push_async_callback(_disconnect, client)
+        try:
+            with _said_first():
                 await _while_it_runs(ended, self._connect_and_set_up(client, monitors, bus))
-            except QemuGone:
-                log.debug("QEMU ended while the VM was set up")  # its message is on stderr
-            except (UserError, BackendError):
-                await _quit(client, ended)
-                raise
-            status = await ended
-            if status and self._plan.incoming is not None and bus.refusal:
-                raise UserError(f"the VM that arrives does not fit: {bus.refusal.removeprefix('nvmove/')}")
-            return status
+        except QemuGone:
+            log.debug("QEMU ended while the VM was set up")  # its message is on stderr
+        except UserError:
+            await _quit(client, ended)
+            raise
+        status = await ended
+        if status and self._plan.incoming is not None and bus.refusal:
+            raise UserError(f"the VM that arrives does not fit: {bus.refusal.removeprefix('nvmove/')}")
+        return status
+
+    async def _start_qemu(self, program: qemu.QemuProgram, bus: VMStateBus) -> qemu.QemuProcess:
+        relay = ErrorRelay(Wording(self._plan.wording, DRIVER, "nvme"), _STDERR)
+        self._cleanup.push_async_callback(asyncio.to_thread, relay.close)
+        try:
+            self._process = await qemu.start(
+                program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio, stderr=relay.end
+            )
+        finally:
+            os.close(relay.end)
+        return self._process
 
     def _on_signals(self) -> None:
         """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
@@ -294,6 +314,17 @@ async def _node(facade: Facade, plan: PlannedDrive) -> str:
         if info["device"] == plan.name:
             return str(info["inserted"]["node-name"])
     raise UserError(f"QEMU does not know the drive '{plan.name}'")
+
+
+@contextlib.contextmanager
+def _said_first() -> Iterator[None]:
+    """What is wrong is one line on stderr before anything ends: a manager reads it when the monitors are closed."""
+    try:
+        yield
+    except (UserError, BackendError, BusError, ListenError) as error:
+        line = error if isinstance(error, UserError) else UserError(str(error))
+        line.say()
+        raise line from None
 
 
 async def _while_it_runs(ended: asyncio.Task[int], work: Coroutine[Any, Any, None]) -> None:

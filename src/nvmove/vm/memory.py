@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 from collections.abc import Sequence
 
 from nvmove.options import syntax
-from nvmove.options.syntax import Option, parse
+from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm.argv import Item
 
 BACKEND_ID = "nvmove-ram"
@@ -46,6 +49,8 @@ def share(items: Sequence[Item]) -> list[Item]:
     }
     if path:
         backend["mem-path"] = path
+    else:
+        _check_room(size)
     if prealloc:
         backend["prealloc"] = "on"
     return [
@@ -53,6 +58,18 @@ def share(items: Sequence[Item]) -> list[Item]:
         Item.make("object", syntax.unparse(backend, "qom-type")),
         Item.make("machine", f"memory-backend={BACKEND_ID}"),
     ]
+
+
+def _check_room(size: int) -> None:
+    """Raise OptionError where the kernel has no room for private memory of `size` bytes.
+
+    A stock QEMU asks for that, and is refused at once; a memfd is not accounted (memfd_create(2)).
+    """
+    try:
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, OverflowError) as error:
+        why = os.strerror(errno.ENOMEM if isinstance(error, OverflowError) else error.errno or 0)
+        raise OptionError(f"cannot set up guest memory of {size >> 20} MiB: {why}") from None
 
 
 def _check(items: Sequence[Item], own: Sequence[str]) -> None:

@@ -238,7 +238,7 @@ def _with_chardev(item: Item, old: str, new: str) -> Item:
     if old == new:
         return item
     if item.value.startswith("chardev:"):
-        return Item.make(item.name, f"chardev:{new}")
+        return item.instead(f"chardev:{new}")
     if item.value.lstrip().startswith("{"):
-        return Item.make(item.name, syntax.to_json({**_values(item), "chardev": new}))
-    return Item.make(item.name, f"{item.value},chardev={syntax.escape(new)}")  # the last value counts
+        return item.instead(syntax.to_json({**_values(item), "chardev": new}))
+    return item.instead(f"{item.value},chardev={syntax.escape(new)}")  # the last value counts

@@ -41,7 +41,7 @@ def place(items: Sequence[Item], substitutes: Mapping[int, Item | None], types: 
     sequence: list[Item] = []
     slots: list[int] = []
     for at, option in created[first:]:
-        substitute = substitutes[at] if at in substitutes else _device(option, types)
+        substitute = substitutes[at] if at in substitutes else _device(items[at], option, types)
         if at not in substitutes:
             replaced[at] = []
         if substitute is not None:
@@ -87,16 +87,16 @@ def _free(taken: set[int]) -> int:
 def _drive_of_disk(items: Sequence[Item], at: int) -> Item:
     option = parse("-drive", items[at].value, implied="file").without("index", "unit", "bus")
     values = {**option.values, "if": "none", "id": _drive_id(items, at)}
-    return Item.make("drive", syntax.unparse(values))
+    return items[at].instead(syntax.unparse(values))
 
 
-def _device(option: Option, types: PropertyTypes) -> Item:
+def _device(item: Item, option: Option, types: PropertyTypes) -> Item:
     """Return a `-device` in JSON form, with the types that QEMU wants there."""
     if option.is_json:
-        return Item.make("device", syntax.to_json(option.values))
+        return item.instead(syntax.to_json(option.values), "device")
     known = types(option.get("driver"))
     values = {name: _typed(option, name, known.get(name, "str")) for name in option.values}
-    return Item.make("device", syntax.to_json(values))
+    return item.instead(syntax.to_json(values), "device")
 
 
 def _typed(option: Option, name: str, kind: str) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvmove.block.config import DriveConfig
 from nvmove.nvme.config import ControllerConfig
 from nvmove.vm.endpoints import MonitorEndpoint
 
+DRIVER = "vfio-user-pci"
+"""What QEMU has in the place of an nvme device."""
 DEFER = "defer"
 """What -incoming says where `migrate-incoming` is to follow."""
 
@@ -67,6 +70,8 @@ class Plan:
     """No nvme device, or only a question (-help): QEMU is to be run with the user's own arguments, untouched."""
     qemu_uses_stdio: bool = False
     """A device of QEMU's own reads and writes nvmove's standard input and output (`-serial stdio`)."""
+    wording: Mapping[str, str] = field(default_factory=dict)
+    """What the user typed, by the option that QEMU is given instead."""
     warnings: tuple[str, ...] = ()
     """Lines for the user that are no errors, such as QEMU's for deprecated spellings."""
 

@@ -133,17 +133,21 @@ class QemuProcess:
         return await self.wait()
 
 
-async def start(program: QemuProgram, arguments: Sequence[str], *, uses_stdio: bool = False) -> QemuProcess:
+async def start(
+    program: QemuProgram, arguments: Sequence[str], *, uses_stdio: bool = False, stderr: int | None = None
+) -> QemuProcess:
     """Start QEMU from the main thread; raises UserError.
 
     It inherits the file descriptors that nvmove's own caller passed on (`-add-fd`, `-netdev tap,fd=`). Without
     `uses_stdio` its standard input is empty and its process group its own, so that Ctrl-C reaches nvmove only.
+    `stderr` is a file descriptor, nvmove's own when there is none.
     """
     try:
         process = await asyncio.create_subprocess_exec(
             program.path,
             *arguments,
             stdin=None if uses_stdio else asyncio.subprocess.DEVNULL,
+            stderr=stderr,
             close_fds=False,  # Python's own are close-on-exec
             process_group=None if uses_stdio else 0,
             preexec_fn=die_with_parent(os.getpid()),
