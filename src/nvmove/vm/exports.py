@@ -21,9 +21,6 @@ from nvmove.vm.runstate import Monitor
 REMOVE_SECONDS = 10.0
 """How long QEMU may take to end an export's connections."""
 
-_ALL = OpenOptions(discard="unmap")
-"""What the guest gives back is told to QEMU's node, whose own `discard` says what comes of it."""
-
 
 def _name() -> str:
     return f"nvmove-{secrets.token_hex(16)}"
@@ -95,7 +92,9 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
         for export in exports:
             await add_export(monitor, export)
             uri = f"nbd+unix:///{export.name}?socket={socket}"
-            opened[export.drive] = await asyncio.to_thread(open_nbd, uri, options=_ALL)
+            # What the guest gives back is told to QEMU's node, whose own `discard` says what comes of it.
+            options = OpenOptions(read_only=not export.writable, discard="unmap")
+            opened[export.drive] = await asyncio.to_thread(open_nbd, uri, options=options)
     except BaseException:
         for backend in opened.values():
             backend.close()
