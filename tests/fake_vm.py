@@ -68,6 +68,7 @@ class FakeProcess:
             "quit": self._quit,
             "query-status": self._query_status,
             "query-block": [],
+            "object-add": {},
             "nbd-server-start": {},
             "block-export-add": {},
             **vm.answers,

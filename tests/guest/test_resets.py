@@ -10,6 +10,7 @@ from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import disk, loadvm, make_image, savevm
+from tests.waiting import wait
 
 
 @pytest.mark.timeout(900)
@@ -41,6 +42,34 @@ def test_reboot_and_system_reset(machine: Machine, tree: Sysroot, work: Path) ->
     fio.wait(machine.console)
     assert disk_complaints(machine.console) == []
     assert machine.quit() == 0
+
+
+def test_a_reset_in_the_midst_of_deep_writes_is_answered_at_once(machine: Machine, tree: Sysroot, work: Path) -> None:
+    """QEMU waits for it in its main loop; nothing that the device waits for may need that loop."""
+    machine.boot(["-M", "q35", *disk(make_image(tree, work / "d0.qcow2", "1G"))])
+    for _ in range(2):
+        machine.console.send(
+            "fio --name=w --filename=/dev/nvme0n1 --rw=randwrite --bs=64k --iodepth=32 --ioengine=libaio --direct=1"
+            " --time_based --runtime=600 >/dev/null 2>&1 &\n"
+        )
+        wait_written(machine, 64 << 20)
+        machine.qmp.execute("system_reset")
+        machine.console.wait_boot()
+    Fio("after", blocks=256).run(machine.console)
+    assert disk_complaints(machine.console) == []
+    assert machine.quit() == 0
+    assert machine.started.output == ""
+
+
+def wait_written(machine: Machine, size: int) -> None:
+    """Wait until the guest has written `size` bytes more to its disk."""
+
+    def written() -> int:
+        (row,) = (one for one in machine.qmp.execute("query-blockstats") if one["device"] == "d0")
+        return int(row["stats"]["wr_bytes"])
+
+    start = written()
+    wait(lambda: written() >= start + size, 60)
 
 
 def test_the_guest_resets_the_controller(machine: Machine, tree: Sysroot, work: Path) -> None:

@@ -2,6 +2,9 @@
 
 QEMU owns every image that is not a raw file; `allow-inactive` lets the export outlive a migration's hand-over.
 The user's own exports lie in the same server (vm/nbdserver.py), so ours have names that nobody guesses.
+
+Each export, and its node with it, has an iothread of its own: QEMU's main loop waits for the device (in a reset, in an
+unmap), and the device for the disk, which must not need that loop then.
 """
 
 from __future__ import annotations
@@ -37,10 +40,15 @@ class Export:
     writable: bool
     name: str = field(default_factory=_name)
     """The name at QEMU's NBD server; QEMU's id of the export, too."""
+    iothread: str = ""
+    """QEMU's id of the thread that serves it; none: QEMU's main loop."""
 
 
 async def add_export(monitor: Monitor, export: Export, node: str | None = None) -> None:
-    """Make QEMU's NBD server, which runs, offer `export`, on another node when one is given."""
+    """Make QEMU's NBD server, which runs, offer `export`, on another node when one is given.
+
+    A node that something else keeps in another thread stays there.
+    """
     await monitor.execute(
         "block-export-add",
         {
@@ -50,6 +58,7 @@ async def add_export(monitor: Monitor, export: Export, node: str | None = None) 
             "name": export.name,
             "writable": export.writable,
             "allow-inactive": True,
+            **({"iothread": export.iothread, "fixed-iothread": False} if export.iothread else {}),
         },
     )
 
@@ -90,6 +99,8 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
     opened: dict[str, Backend] = {}
     try:
         for export in exports:
+            if export.iothread:
+                await monitor.execute("object-add", {"qom-type": "iothread", "id": export.iothread})
             await add_export(monitor, export)
             uri = f"nbd+unix:///{export.name}?socket={socket}"
             # What the guest gives back is told to QEMU's node, whose own `discard` says what comes of it.

@@ -254,7 +254,10 @@ class Machine:
         late = {key: drive for key, drive in self._drives.items() if drive.late is not None}
         for drive in late.values():
             drive.node = await _node(facade, drive.plan)
-        exports = [Export(key, drive.node, not drive.plan.config.options.read_only) for key, drive in late.items()]
+        exports = [
+            Export(key, drive.node, not drive.plan.config.options.read_only, iothread=f"nvmove-io{number}")
+            for number, (key, drive) in enumerate(late.items())
+        ]
         try:
             opened = await open_exports(facade, self._nbd_socket, exports)
         except QmpError as error:

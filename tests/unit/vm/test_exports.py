@@ -45,6 +45,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> dict[str, Closed]:
 
     def open_nbd(uri: str, options: OpenOptions) -> Disk:
         assert options.unmap  # what the guest gives back is for QEMU's node to keep or not
+        assert options.read_only == ("secret1" in uri)
         return disks.setdefault(uri, Closed())
 
     monkeypatch.setattr(exports, "open_nbd", open_nbd)
@@ -66,6 +67,14 @@ def test_each_drive_is_exported_by_its_node_and_connected_to(opened: dict[str, C
     assert [arguments["node-name"] for _, arguments in monitor.log[1:]] == ["n0", "#block3"]
     assert [arguments["writable"] for _, arguments in monitor.log[1:]] == [True, False]
     assert all(arguments["allow-inactive"] for _, arguments in monitor.log[1:])
+
+
+def test_an_export_and_its_node_get_the_iothread_that_is_made_for_them(opened: dict[str, Closed]) -> None:
+    monitor = FakeMonitor()
+    asyncio.run(open_exports(monitor, SOCKET, [Export("d0", "n0", True, "secret0", "nvmove-io0")]))
+    (_, made), (_, added) = monitor.log[1:]
+    assert made == {"qom-type": "iothread", "id": "nvmove-io0"}
+    assert (added["iothread"], added["fixed-iothread"]) == ("nvmove-io0", False)
 
 
 def test_when_one_is_refused_the_others_are_closed(opened: dict[str, Closed]) -> None:
