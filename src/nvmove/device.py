@@ -43,6 +43,7 @@ from nvmove.vfio.device import (
     IrqAction,
     MappableArea,
     RegionInfo,
+    Reset,
 )
 from nvmove.vfio.dirty import DirtyLog, DirtyReport
 from nvmove.vfio.memory import GuestMemory
@@ -72,9 +73,11 @@ class NvmeDevice:
         engine: Engine | None = None,
         errors: Mapping[str, DriveErrors] | None = None,
         on_error: Callable[[ErrorReport], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
         client_migrates: bool = False,
     ) -> None:
-        """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive.
+        """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive,
+        `on_wait` when the guest begins to wait for a disk by a clock of its own (`waits`).
 
         It is called on any thread, and must not wait. `client_migrates`: the vfio-user client may drive the protocol's
         own migration, and with it pause, resume, save and load this device.
@@ -90,7 +93,14 @@ class NvmeDevice:
         self._memory = GuestMemory()
         self._engine = engine or choice.new_engine(id)
         self.controller = Controller(
-            config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error
+            config,
+            backends,
+            self._memory,
+            self._lines,
+            self._engine,
+            errors=errors,
+            on_error=on_error,
+            on_wait=on_wait,
         )
         self._migration = Migration(self) if client_migrates else None
         self._client: Client | None = None
@@ -171,6 +181,11 @@ class NvmeDevice:
                 backend.recover()
             except BackendError as error:
                 log.warning("%s: %s", self.id, error)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the guest waits for a disk and will not do so for long: see `Controller.waits`."""
+        return self.controller.waits
 
     @property
     def held(self) -> int:
@@ -366,12 +381,13 @@ class NvmeDevice:
         start = offset - self._layout.pba
         return self._lines.pending_bits()[start : start + count].ljust(count, b"\0") if start >= 0 else bytes(count)
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
+    def write(self, region: int, offset: int, data: bytes) -> Reset | None:
         """Write configuration space, registers or doorbells; the rest of BAR0 takes no writes."""
         if region == CONFIG_REGION:
-            self._write_config(offset, data)
-        elif offset + len(data) <= self._layout.table:
+            return self._write_config(offset, data)
+        if offset + len(data) <= self._layout.table:
             self.controller.write(offset, len(data), int.from_bytes(data, "little"))
+        return None
 
     def map_dma(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
         """Guest memory appears."""
@@ -396,16 +412,17 @@ class NvmeDevice:
         self.resets += 1
         self._reset(done if self._migration is None else functools.partial(self._migration.reset, done))
 
-    def _write_config(self, offset: int, data: bytes) -> None:
+    def _write_config(self, offset: int, data: bytes) -> Reset | None:
         with self._lock:
             had_msix = self._config.msix_enabled
             wants_reset = self._config.write(offset, data)
             lost_msix = had_msix and not self._config.msix_enabled and self._loaded is None
         if lost_msix:
             self._lines.forget_pending()
-        if wants_reset:
-            self.resets += 1
-            self._reset(lambda: None)
+        if not wants_reset:
+            return None
+        self.resets += 1
+        return self._reset
 
     def _reset(self, done: Callable[[], None]) -> None:
         # The controller first: once its queues are dropped it raises no interrupt any more. It may be done at once, or

@@ -257,7 +257,16 @@ def test_a_table_of_another_size_is_refused(device: NvmeDevice) -> None:
         device.keep_msix_table(bytes(80))
 
 
-def test_pause_gives_up_after_its_timeout_and_reset_waits_for_the_disk() -> None:
+@pytest.mark.parametrize("by_config", [True, False])
+def test_pause_gives_up_after_its_timeout_and_reset_waits_for_the_disk(by_config: bool) -> None:
+    """A function-level reset too: QEMU lets the guest wait for the answer to its write."""
+
+    def reset() -> None:
+        if by_config:
+            client.write(CONFIG_REGION, 0x88, b"\0\x80")
+        else:
+            client.reset()
+
     disk = EmptyDisk()
     device = make(disk=disk)
     with connected(device) as client:
@@ -268,7 +277,7 @@ def test_pause_gives_up_after_its_timeout_and_reset_waits_for_the_disk() -> None
             client.config(0, 4)
         with pytest.raises(TimeoutError, match="nvme0: I/O is still in flight"):
             device.pause(0.01)
-        resetting = threading.Thread(target=client.reset, daemon=True)
+        resetting = threading.Thread(target=reset, daemon=True)
         resetting.start()
         while not device.resets:
             client.config(0, 4)

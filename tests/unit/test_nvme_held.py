@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from tests.failing import PolicyHost
+from tests.failing import FailingDisk, PolicyHost
 from tests.nvme_host import DATA, Completion, Host, Mapped
 
 from nvmove.block.backend import Operation
@@ -621,3 +621,33 @@ def test_no_command_is_lost_when_the_vm_is_paused_and_resumed_while_its_commands
     assert {completion.status for completion in completions} == {Status.SUCCESS}
     assert host.failing.data[: 50 * 512 : 512] == bytes(range(1, 51))
     assert len(host.reports) == len(host.failing.order) - 50
+
+
+def test_the_guest_waits_for_a_disk_in_a_disable_a_deletion_a_shutdown_and_after_an_abort_in_vain() -> None:
+    """Each is told of once, when it begins; `waits` says whether it still is so."""
+
+    def waiting(begin: Callable[[PolicyHost], object]) -> None:
+        host = PolicyHost(FailingDisk(hold=True))
+        told: list[bool] = []
+
+        def waits() -> bool:
+            return host.controller.waits
+
+        host.controller.on_wait = lambda: told.append(waits())
+        write(host, 0)
+        host.drain()
+        assert not waits()
+        begin(host)
+        host.drain()
+        assert told == [True]
+        assert waits()
+        host.failing.finish()
+        host.drain()
+        host.failing.finish()  # a shutdown flushes
+        host.drain()
+        assert not waits()
+
+    waiting(lambda host: host.controller.write(Register.CC, 4, 0))
+    waiting(lambda host: host.controller.write(Register.CC, 4, host.controller.registers.cc | 1 << 14))
+    waiting(lambda host: host.submit(0, Admin.DELETE_SQ, cdw10=1))
+    waiting(lambda host: host.submit(0, Admin.ABORT, cdw10=1 | 7 << 16))

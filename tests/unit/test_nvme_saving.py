@@ -343,8 +343,16 @@ def test_inspect_shows_a_running_controller() -> None:
 SAVED_OR_DERIVED = {
     Controller: {
         "saved": {"registers", "sqs", "cqs", "events", "features", "logs", "namespaces", "config", "doorbells"},
-        "seams": {"memory", "interrupts", "engine", "lock", "on_error"},
-        "nothing while paused and idle": {"activity", "resetting", "paused", "_runner", "leases"},
+        "seams": {"memory", "interrupts", "engine", "lock", "on_error", "on_wait"},
+        "nothing while paused and idle": {
+            "activity",
+            "resetting",
+            "paused",
+            "_runner",
+            "leases",
+            "_deleting",
+            "_aborting",
+        },
         "only compared": {"epoch"},
         "of this process": {"log_limit", "errors"},
     },

@@ -133,6 +133,8 @@ def _abort(controller: Controller, command: Command) -> None:
         return
     with controller.leases.suspended(sq, timeout=ABORT_WAIT) as is_back:  # what is lent cannot be looked through
         found = is_back and (controller.abort_held(sq, cid) or _abort_waiting(controller, sq, cid))
+    if not found:
+        controller.abort_failed(sq)
     command.complete(result=0 if found else ABORT_NOT_FOUND)
 
 

@@ -83,6 +83,7 @@ class Controller:
         *,
         errors: Mapping[str, DriveErrors] | None = None,
         on_error: Callable[[ErrorReport], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.memory = memory
@@ -101,6 +102,12 @@ class Controller:
         self.events = EventQueue(config.aerl + 1, config.aer_max_queued)
         self.errors = errors or {}
         self.on_error = on_error or (lambda _report: None)
+        self.on_wait = on_wait or (lambda: None)
+        """Called when the guest begins to wait, by a clock of its own, for what a disk has: see `waits`."""
+        self._deleting = 0
+        """Submission queues whose deletion waits for what is in flight."""
+        self._aborting: set[SubmissionQueue] = set()
+        """Queues of which an Abort found nothing, though something is in flight."""
         self.namespaces = NamespaceTable(config, backends)
         self.features = Features(config, clock)
         self.logs = Logs(config, clock)
@@ -122,6 +129,24 @@ class Controller:
         """Commands that failed and wait to be tried again at `resume`."""
         with self.lock:
             return sum(len(sq.held) for sq in self.sqs.values())
+
+    @property
+    def waits(self) -> bool:
+        """Whether the guest waits for what a disk has of it: a disable, a deletion, a shutdown, an aborted command.
+
+        A host gives such a thing a minute or less, and then the controller up (Linux: 30 s to an Abort, CAP.TO to RDY).
+        """
+        with self.lock:
+            self._aborting = {sq for sq in self._aborting if self.leases.in_flight(sq)}
+            shutting_down = self.registers.shutdown_status == CSTS_SHST_OCCURRING
+            return bool(self.resetting or self._deleting or self._aborting or shutting_down)
+
+    def abort_failed(self, sq: SubmissionQueue) -> None:
+        """An Abort of the guest's did not find its command in `sq`: it may be at a disk."""
+        with self.lock:
+            if self.leases.in_flight(sq):
+                self._aborting.add(sq)
+                self.on_wait()
 
     @property
     def page_size(self) -> int:
@@ -213,7 +238,10 @@ class Controller:
             self.resetting -= 1
             return done()
 
-        return [*self.activity.when_idle(settled), *self.leases.revoke()]
+        after = [*self.activity.when_idle(settled), *self.leases.revoke()]
+        if self.resetting:
+            self.on_wait()
+        return after
 
     def _disabled(self) -> None:
         self.registers.disable()
@@ -234,7 +262,9 @@ class Controller:
         def idle() -> None:
             self.engine.kick(0)
 
-        return [*self.activity.when_idle(idle), *self.leases.revoke()]
+        after = [*self.activity.when_idle(idle), *self.leases.revoke()]
+        self.on_wait()
+        return after
 
     def fatal(self, why: str) -> None:
         """Controller Fatal Status (Base 9.5): the host has to reset the controller."""
@@ -337,7 +367,15 @@ class Controller:
         sq.held.clear()
         if not sq.in_flight:
             return [done]
-        sq.on_idle = done
+        self._deleting += 1
+
+        def deleted() -> None:
+            with self.lock:
+                self._deleting -= 1
+            done()
+
+        sq.on_idle = deleted
+        self.on_wait()
         return after + [functools.partial(orphan.complete, Status.ABORTED_SQ_DELETION, dnr=False) for orphan in orphans]
 
     # --- commands and events -----------------------------------------------------------------------------------------

@@ -92,6 +92,10 @@ class Client(Protocol):
         """
 
 
+Reset = Callable[[Callable[[], None]], None]
+"""Begins a reset; calls its argument when nothing started before it can touch guest memory any more."""
+
+
 class Device(Protocol):
     """A PCI function as vfio-user sees it."""
 
@@ -116,8 +120,11 @@ class Device(Protocol):
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Return exactly `count` bytes; the session has checked the range against `regions`."""
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
-        """Store into a region; the session has checked the range."""
+    def write(self, region: int, offset: int, data: bytes) -> Reset | None:
+        """Store into a region; the session has checked the range.
+
+        A reset that the write asks for is returned: the session begins it, and answers the write at its end.
+        """
 
     def map_dma(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
         """Guest memory appears; takes `fd` over. Raises OSError (the errno goes to the client): overlaps are EEXIST."""

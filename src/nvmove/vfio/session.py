@@ -22,6 +22,7 @@ from nvmove.vfio.device import (
     Device,
     IrqAction,
     IrqWhat,
+    Reset,
 )
 from nvmove.vfio.dma import DmaChannel
 from nvmove.vfio.message import Command, Header, RegionAccess, RequestError
@@ -206,22 +207,27 @@ class Session:
         data = self._device.read(access.region, access.offset, access.count)
         return message.region_access_payload(RegionAccess(access.offset, access.region, access.count, data))
 
-    def _region_write(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
+    def _region_write(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
         access = message.parse_region_write(payload)
-        self._write(access)
-        return message.region_access_payload(RegionAccess(access.offset, access.region, access.count))
+        reset = self._write(access)
+        answer = message.region_access_payload(RegionAccess(access.offset, access.region, access.count))
+        if reset is None:
+            return answer
+        self._begin(reset, self._later(header, answer))
+        return None
 
     def _region_write_multi(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         count = 0
         for access in message.parse_write_multi(payload):
-            self._write(access)
+            if reset := self._write(access):
+                self._begin(reset, lambda _code: None)  # what comes in batches is posted: nobody waits for it
             count += 1
         return count.to_bytes(8, "little")  # the batch, without its writes
 
-    def _write(self, access: RegionAccess) -> None:
+    def _write(self, access: RegionAccess) -> Reset | None:
         if not self._in_range(access) or not self._device.regions[access.region].writable:
             raise RequestError(errno.EINVAL, f"write of {access.count} at {access.offset:#x}, region {access.region}")
-        self._device.write(access.region, access.offset, access.data)
+        return self._device.write(access.region, access.offset, access.data)
 
     def _in_range(self, access: RegionAccess) -> bool:
         return (
@@ -242,17 +248,23 @@ class Session:
         return features.migration_write(self._device.migration, payload)
 
     def _reset(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        self._begin(self._device.reset, self._later(header))
+
+    def _begin(self, reset: Reset, answer: Callable[[int], None]) -> None:
+        """Begin a reset; the message that asked for it is answered at its end.
+
+        The guest stands still for as long: QEMU waits for the answer, in its main loop or with its lock. That loop
+        serves DMA by message.
+        """
         assert self._channel is not None  # `_command` lets nothing but VERSION through without it
         channel = self._channel
-        answer = self._later(header)
 
         def done() -> None:
             channel.admit()
             answer(0)
 
-        # The client's main loop, which serves DMA by message, is what waits for this reset.
         channel.refuse("the device is being reset")
-        self._device.reset(done)
+        reset(done)
 
 
 def _close(fds: list[int]) -> None:

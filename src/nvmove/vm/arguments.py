@@ -31,6 +31,9 @@ _REFUSED: Mapping[str, str] = {
     "runas": "QEMU would lose its way to nvmove's sockets; start nvmove as that user",
     "chroot": "QEMU would lose its way to nvmove's sockets",
 }
+_FOR_EVER = (1 << 31) - 1
+"""Milliseconds that QEMU waits for an answer. After five seconds, its default, it would go on with a reset, and give
+memory to the guest that a disk still writes to."""
 _LIFTED = ("S", "loadvm", "incoming")
 _SETTABLE = ("device", "drive", "chardev", "blockdev", "netdev")
 _NO_REFERENCE = frozenset({"id", "driver", "node-name", "serial", "filename", "bus", "addr", "model", "qom-type"})
@@ -326,6 +329,7 @@ def _vfio_user_pci(controller: ParsedController, device: PlannedDevice) -> str:
         "driver": DRIVER,
         "id": device.id,
         "socket": {"type": "unix", "path": str(device.socket)},
+        "x-msg-timeout": _FOR_EVER,
         **controller.pci,
     }
     return syntax.to_json(values)

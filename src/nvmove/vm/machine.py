@@ -51,6 +51,7 @@ from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
 from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.stalls import Stalls
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.machine import IDENT
@@ -180,8 +181,16 @@ class Machine:
         backends = {key: drive.backend for key, drive in self._drives.items()}
         errors = {key: drive.io.errors for key, drive in self._drives.items()}
         self._io_errors = IoErrors()
+        self._stalls = Stalls()
         for plan in self._plan.devices:
-            device = NvmeDevice(plan.config, backends, id=plan.id, errors=errors, on_error=self._io_errors.report)
+            device = NvmeDevice(
+                plan.config,
+                backends,
+                id=plan.id,
+                errors=errors,
+                on_error=self._io_errors.report,
+                on_wait=functools.partial(self._stalls.report, plan.id),
+            )
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
@@ -224,6 +233,7 @@ class Machine:
             self._cleanup.push_async_callback(nbd_server.close)
         OwnImages(facade, served).register()
         self._io_errors.connect(facade, runstate, by_key)
+        self._stalls.connect(facade, runstate, self._devices)
         self._state.connect(lambda: runstate.to_save, self._io_statuses())
         capabilities = Capabilities(facade)
         capabilities.register()

@@ -203,6 +203,21 @@ class RunState:
             return
         await self.run()
 
+    async def stand_still(self, is_needed: Callable[[], bool]) -> bool:
+        """Stop the VM until nothing of it is in flight at a disk, then let it run on; return whether it was stopped.
+
+        The guest's clock stands still, too. `is_needed` is asked when it is this operation's turn.
+        """
+        async with self.lock:
+            status = await self._monitor.execute("query-status")
+            if not status["running"] or not is_needed():
+                return False
+            await self._monitor.execute("stop")
+            await self.pause_devices()
+            status = await self._monitor.execute("query-status")
+            await self.let_go(Held(run_on=status["status"] == PAUSED))  # a migration may have come to its end
+            return True
+
     # --- operations on a stopped VM ----------------------------------------------------------------------------------
 
     async def hold(self, *, for_load: bool = False) -> bool:

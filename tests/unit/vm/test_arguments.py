@@ -48,7 +48,8 @@ def refusal(line: str) -> str:
 
 def vfio(number: int = 0, ident: str = "", **more: object) -> str:
     socket = {"type": "unix", "path": f"/run/x/nvme{number}"}
-    device = {"driver": "vfio-user-pci", "id": ident or f"nvmove{number}", "socket": socket, **more}
+    device = {"driver": "vfio-user-pci", "id": ident or f"nvmove{number}", "socket": socket, "x-msg-timeout": 2**31 - 1}
+    device |= more
     return f"-device '{json.dumps(device, separators=(',', ':'))}'"
 
 
