@@ -68,6 +68,7 @@ class FakeProcess:
             "quit": self._quit,
             "query-status": self._query_status,
             "query-block": [],
+            "qom-get": self._qom_get,
             "nbd-server-start": {},
             "block-export-add": {},
             **vm.answers,
@@ -91,6 +92,9 @@ class FakeProcess:
     async def _quit(self, _arguments: Any) -> dict[str, Any]:
         asyncio.get_running_loop().call_soon(self.die, 0)
         return {}
+
+    async def _qom_get(self, arguments: Any) -> Any:
+        return {"addr": 8, "parent_bus": "/machine/q35/pcie.0"}.get(arguments["property"], "")
 
     async def _query_status(self, _arguments: Any) -> dict[str, Any]:
         return {"running": self.runs, "status": "running" if self.runs else "prelaunch"}

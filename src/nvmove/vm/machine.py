@@ -47,6 +47,7 @@ from nvmove.vm.plan import Plan, PlannedDrive
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
+from nvmove.vm.slots import Slots
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.machine import IDENT
@@ -189,6 +190,9 @@ class Machine:
         own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
         images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)
+        slots = Slots(facade, [device.id for device in self._devices])
+        await slots.close()
+        slots.register()
         exports = await self._connect_exports(facade)
         by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
         served = list(by_key.values())
