@@ -171,7 +171,6 @@ class FakeVm:
             return self.process
 
         monkeypatch.setattr(VMStateBus, "start", start_bus)
-        monkeypatch.setattr(qemu, "find", lambda program: qemu.QemuProgram(Path("/fake"), (11, 1, 3)))
         monkeypatch.setattr(qemu, "start", start)
 
     def change(self, **changes: Any) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from nvmove.errors import UserError
 
@@ -24,13 +24,21 @@ COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes as long as all else that a refusal needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        metadata = importlib.import_module("importlib.metadata")
+        print(f"nvmove {metadata.version('nvmove')}")
+        parser.exit()
+
+
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Return the parser; `only` names the one subcommand whose arguments are wanted, None all of them."""
     top = argparse.ArgumentParser(
         prog="nvmove", description="NVMe disks for QEMU virtual machines that can be saved, moved and paused."
     )
-    version = importlib.metadata.version("nvmove")
-    top.add_argument("--version", action="version", version=f"nvmove {version}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

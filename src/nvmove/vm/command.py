@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import signal
@@ -11,17 +10,12 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-from nvmove.block.backend import BackendError
 from nvmove.block.fault import FaultRules
-from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.options.faults import add_argument, parse_fault
-from nvmove.vfio.transport import ListenError
 from nvmove.vm.arguments import lift
-from nvmove.vm.machine import Machine
 from nvmove.vm.plan import Plan
 from nvmove.vm.rundir import RunDirectory
-from nvmove.vmstate.dbus_daemon import BusError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +36,13 @@ def run(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             print(f"nvmove: warning: {warning}", file=sys.stderr)
         if not plan.passthrough:
-            if slow := choice.notice():
-                print(f"nvmove: warning: {slow}", file=sys.stderr)
             faults = FaultRules()
             for text in args.fault:
                 faults.add(parse_fault(text, plan.drive_names))
-            try:
-                return asyncio.run(Machine(plan, directory, faults).run())
-            except (BackendError, BusError, ListenError) as error:
-                raise UserError(str(error)) from None
+            # Only now: what a VM needs takes ten times as long to import as what a refusal needs.
+            from nvmove.vm import machine  # noqa: PLC0415
+
+            return machine.run(plan, directory, faults)
     if args.fault:
         raise UserError(f"--fault {args.fault[0]}: no -device nvme is there that it could be for")
     return _become(plan)

@@ -8,6 +8,7 @@ import functools
 import gc
 import logging
 import signal
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ from nvmove.block.open import open_local
 from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
+from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
+from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.blockstats import BlockStats
@@ -50,6 +53,7 @@ from nvmove.vm.serving import Monitors
 from nvmove.vm.slots import Slots
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.bus import VMStateBus
+from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.machine import IDENT
 
 log = logging.getLogger(__name__)
@@ -67,6 +71,16 @@ class _Drive:
     io: IoStatus
     node: str
     """PlannedDrive.node, when it is known."""
+
+
+def run(plan: Plan, run_directory: Path, faults: FaultRules) -> int:
+    """Run a VM to its end; return QEMU's exit status. Raises UserError."""
+    if slow := choice.notice():
+        print(f"nvmove: warning: {slow}", file=sys.stderr)
+    try:
+        return asyncio.run(Machine(plan, run_directory, faults).run())
+    except (BackendError, BusError, ListenError) as error:
+        raise UserError(str(error)) from None
 
 
 class Machine:
@@ -97,7 +111,6 @@ class Machine:
 
     async def _run(self) -> int:
         async with self._cleanup:
-            program = await asyncio.to_thread(qemu.find, self._plan.program)
             bus = await self._start_bus()
             self._open_drives()
             await self._start_devices(bus)
@@ -106,7 +119,9 @@ class Machine:
             await monitors.open()
             client = QemuClient()
             await client.start_server(str(self._plan.qmp_socket))
-            process = await qemu.start(program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio)
+            process = await qemu.start(
+                Path(self._plan.program), self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio
+            )
             self._process = process
             gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
             ended = asyncio.create_task(process.wait())
