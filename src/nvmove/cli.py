@@ -7,7 +7,9 @@ start-up time counts. Bad input is one line on stderr and exit status 1, a usage
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
+import io
 import logging
 import os
 import sys
@@ -22,6 +24,25 @@ COMMANDS = {
     "bench": ("nvmove.bench.command", "measure nvmove beside QEMU's own nvme, and beside fio"),
     "demo": ("nvmove.demo", "show on a real Linux guest what nvmove does, in about a minute"),
 }
+
+
+_IN_ASCII = {"…": "...", "✓": "+", "✗": "-", "×": "x", "–": "-", "→": "->"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Return what is written in place of characters that the terminal's encoding lacks (codecs.register_error)."""
+    assert isinstance(error, UnicodeEncodeError)
+    wanted = error.object[error.start : error.end]
+    spelt = [_IN_ASCII.get(one) or one.encode("ascii", "backslashreplace").decode() for one in wanted]
+    return "".join(spelt), error.end
+
+
+def _print_anywhere() -> None:
+    """Let nothing that is printed fail for its characters, whatever the locale or PYTHONIOENCODING say."""
+    codecs.register_error("nvmove", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="nvmove")
 
 
 class _Version(argparse.Action):
@@ -49,6 +70,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the command line in `sys.argv`; return the exit status."""
+    _print_anywhere()
     name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     level = os.environ.get("NVMOVE_LOG", "warning").upper()
     logging.basicConfig(

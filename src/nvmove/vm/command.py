@@ -17,9 +17,24 @@ from nvmove.vm.arguments import lift
 from nvmove.vm.plan import Plan
 from nvmove.vm.rundir import RunDirectory
 
+_MORE = """\
+Of -device nvme and nvme-ns, beside QEMU's own properties:
+  image-owner=auto|nvmove|qemu  who opens a raw image: nvmove is faster, QEMU has block jobs
+  x-doorbells=messages|mapped   mapped: for host-side initiators that poll
+
+Environment:
+  NVMOVE_QEMU    the QEMU to use, whatever the command line names: 10.1 or later, with vfio-user-pci
+  NVMOVE_ENGINE  compiled or plain
+  NVMOVE_LOG     debug, info, warning, error
+
+Documentation: docs/ in nvmove's source; docs/reference/cli.md is about this command.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `nvmove run`."""
+    parser.epilog = _MORE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_argument(parser)
     parser.add_argument(
         "qemu", nargs=argparse.REMAINDER, metavar="QEMU ARGS…", help="QEMU and its arguments, as you would start it"
