@@ -69,6 +69,7 @@ class FakeProcess:
             "query-status": self._query_status,
             "query-block": [],
             "object-add": {},
+            "qom-get": self._qom_get,
             "nbd-server-start": {},
             "block-export-add": {},
             **vm.answers,
@@ -92,6 +93,9 @@ class FakeProcess:
     async def _quit(self, _arguments: Any) -> dict[str, Any]:
         asyncio.get_running_loop().call_soon(self.die, 0)
         return {}
+
+    async def _qom_get(self, arguments: Any) -> Any:
+        return {"addr": 8, "parent_bus": "/machine/q35/pcie.0"}.get(arguments["property"], "")
 
     async def _query_status(self, _arguments: Any) -> dict[str, Any]:
         return {"running": self.runs, "status": "running" if self.runs else "prelaunch"}
@@ -168,7 +172,6 @@ class FakeVm:
             return self.process
 
         monkeypatch.setattr(VMStateBus, "start", start_bus)
-        monkeypatch.setattr(qemu, "find", lambda program: qemu.QemuProgram(Path("/fake"), (11, 1, 3)))
         monkeypatch.setattr(qemu, "start", start)
 
     def change(self, **changes: Any) -> None:

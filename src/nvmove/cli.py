@@ -7,11 +7,13 @@ start-up time counts. Bad input is one line on stderr and exit status 1, a usage
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
-import importlib.metadata
+import io
 import logging
 import os
 import sys
+from typing import NoReturn
 
 from nvmove.errors import UserError
 
@@ -24,13 +26,40 @@ COMMANDS = {
 }
 
 
+_IN_ASCII = {"…": "...", "✓": "+", "✗": "-", "×": "x", "–": "-", "→": "->"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Return what is written in place of characters that the terminal's encoding lacks (codecs.register_error)."""
+    assert isinstance(error, UnicodeEncodeError)
+    wanted = error.object[error.start : error.end]
+    spelt = [_IN_ASCII.get(one) or one.encode("ascii", "backslashreplace").decode() for one in wanted]
+    return "".join(spelt), error.end
+
+
+def _print_anywhere() -> None:
+    """Let nothing that is printed fail for its characters, whatever the locale or PYTHONIOENCODING say."""
+    codecs.register_error("nvmove", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="nvmove")
+
+
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for: that takes as long as all else that a refusal needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        metadata = importlib.import_module("importlib.metadata")
+        print(f"nvmove {metadata.version('nvmove')}")
+        parser.exit()
+
+
 def parser(only: str | None = None) -> argparse.ArgumentParser:
     """Return the parser; `only` names the one subcommand whose arguments are wanted, None all of them."""
     top = argparse.ArgumentParser(
         prog="nvmove", description="NVMe disks for QEMU virtual machines that can be saved, moved and paused."
     )
-    version = importlib.metadata.version("nvmove")
-    top.add_argument("--version", action="version", version=f"nvmove {version}")
+    top.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, summary) in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -41,6 +70,7 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the command line in `sys.argv`; return the exit status."""
+    _print_anywhere()
     name = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     level = os.environ.get("NVMOVE_LOG", "warning").upper()
     logging.basicConfig(

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 from nvmove.options.properties import OWN, OWN_CONTROLLER, PROPERTIES
-from nvmove.vm import arguments, argv, qemu
+from nvmove.vm import arguments, argv
+from nvmove.vm.program import QemuProgram, find
 from tests.qemu_messages import BAD_DEVICES, BAD_DRIVES, BAD_NAMESPACES
 
 pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
-def program(sysroot: Path) -> qemu.QemuProgram:
-    return qemu.find(str(sysroot / "bin" / "qemu-system-x86_64"))
+def program(sysroot: Path) -> QemuProgram:
+    return find(str(sysroot / "bin" / "qemu-system-x86_64"))
 
 
 @pytest.fixture
@@ -34,14 +35,14 @@ def drive(tmp_path: Path) -> str:
     return f"if=none,id=d0,file={image},format=raw"
 
 
-def run(program: qemu.QemuProgram, words: Sequence[str], commands: str = "") -> subprocess.CompletedProcess[str]:
+def run(program: QemuProgram, words: Sequence[str], commands: str = "") -> subprocess.CompletedProcess[str]:
     qmp = '{"execute":"qmp_capabilities"}' + commands + '{"execute":"quit"}'
     front = [str(program.path), "-display", "none", "-S", "-qmp", "stdio"]
     return subprocess.run([*front, *words], input=qmp, capture_output=True, text=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("driver", ["nvme", "nvme-ns"])
-def test_the_property_lists_are_qemus(program: qemu.QemuProgram, driver: str) -> None:
+def test_the_property_lists_are_qemus(program: QemuProgram, driver: str) -> None:
     types = program.property_types(driver)
     assert set(types) == set(PROPERTIES[driver]) - {"driver", "id", "bus", *OWN, *OWN_CONTROLLER}
     for name, kind in types.items():
@@ -49,7 +50,7 @@ def test_the_property_lists_are_qemus(program: qemu.QemuProgram, driver: str) ->
             assert PROPERTIES[driver][name].kind.value == kind, name
 
 
-def test_every_option_that_takes_an_argument_is_known(program: qemu.QemuProgram) -> None:
+def test_every_option_that_takes_an_argument_is_known(program: QemuProgram) -> None:
     shown = subprocess.run([program.path, "--help"], capture_output=True, text=True, check=True, timeout=60).stdout
     first_words = re.findall(r"^-([\w-]+)(?: (\S+)| {2,}|$)", shown, re.MULTILINE)
     with_argument = {name for name, argument in first_words if argument}
@@ -60,9 +61,7 @@ def test_every_option_that_takes_an_argument_is_known(program: qemu.QemuProgram)
 
 
 @pytest.mark.parametrize(("device", "message"), BAD_DEVICES)
-def test_qemu_refuses_a_device_with_our_message(
-    program: qemu.QemuProgram, drive: str, device: str, message: str
-) -> None:
+def test_qemu_refuses_a_device_with_our_message(program: QemuProgram, drive: str, device: str, message: str) -> None:
     drives = ["-drive", drive.replace("id=d0", "id=d")]
     answer = run(program, ["-M", "q35", "-nodefaults", *drives, "-device", device])
     assert f"{device}: {message}" in answer.stderr
@@ -70,7 +69,7 @@ def test_qemu_refuses_a_device_with_our_message(
 
 @pytest.mark.parametrize(("namespace", "message"), BAD_NAMESPACES)
 def test_qemu_refuses_a_namespace_with_our_message(
-    program: qemu.QemuProgram, drive: str, tmp_path: Path, namespace: str, message: str
+    program: QemuProgram, drive: str, tmp_path: Path, namespace: str, message: str
 ) -> None:
     second = tmp_path / "second.img"
     second.write_bytes(bytes(1 << 20))
@@ -82,9 +81,7 @@ def test_qemu_refuses_a_namespace_with_our_message(
 
 
 @pytest.mark.parametrize(("option", "message"), BAD_DRIVES)
-def test_qemu_refuses_a_drive_with_our_message(
-    program: qemu.QemuProgram, drive: str, option: str, message: str
-) -> None:
+def test_qemu_refuses_a_drive_with_our_message(program: QemuProgram, drive: str, option: str, message: str) -> None:
     answer = run(program, ["-M", "q35", "-nodefaults", "-drive", f"{drive},{option}"])
     assert f"-drive {drive},{option}: {message}" in answer.stderr
 
@@ -122,7 +119,7 @@ def pci_functions(answer: str) -> list[tuple[Any, ...]]:
         """-M q35 -device '{"driver":"nvme","serial":"1","addr":48}' -device virtio-rng-pci""",
     ],
 )
-def test_every_pci_device_keeps_its_address(program: qemu.QemuProgram, drive: str, line: str) -> None:
+def test_every_pci_device_keeps_its_address(program: QemuProgram, drive: str, line: str) -> None:
     """QEMU's own nvme in JSON form stands in for vfio-user-pci, which would want its server."""
     words = ["-drive", drive, *shlex.split(line)]
     lifted = list(arguments.lift(["qemu", *words], Path("/run/x"), program).arguments)
@@ -140,7 +137,7 @@ def test_every_pci_device_keeps_its_address(program: qemu.QemuProgram, drive: st
     assert pci_functions(stock.stdout) == pci_functions(ours.stdout) != []
 
 
-def test_qemu_takes_what_it_gets(program: qemu.QemuProgram, drive: str, tmp_path: Path) -> None:
+def test_qemu_takes_what_it_gets(program: QemuProgram, drive: str, tmp_path: Path) -> None:
     """Shared RAM, the private monitor and a port that shares the user's line; the disk itself is left out."""
     words = ["-M", "q35", "-m", "64M", "-nographic", "-drive", drive, "-device", "nvme,serial=1,drive=d0"]
     lifted = list(arguments.lift(["qemu", *words], tmp_path, program).arguments)

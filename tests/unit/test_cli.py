@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,34 @@ def test_each_command_explains_itself(
 ) -> None:
     assert main(monkeypatch, command, "--help") == 0
     assert f"usage: nvmove {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in cli.COMMANDS), ["run"]])
+def test_all_that_it_says_can_be_printed_in_ascii(words: list[str]) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "nvmove", *words], env=environment, capture_output=True, check=False, timeout=120
+    )
+    said = (ran.stdout + ran.stderr).decode("ascii")
+    assert ran.returncode == (0 if "--help" in words else 2)
+    assert "Traceback" not in said
+    assert "\\u" not in said
+
+
+def test_what_a_user_named_in_other_letters_is_printed_too() -> None:
+    argv: list[str | bytes] = [sys.executable, "-m", "nvmove", "inspect", b"/no/\xff\xc3\xa4"]
+    ran = subprocess.run(
+        argv, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=False, timeout=120
+    )
+    assert (ran.returncode, ran.stderr.count(b"\n"), b"Traceback" in ran.stderr) == (1, 1, False)
+
+
+def test_the_help_of_run_names_what_it_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(monkeypatch, "run", "--help") == 0
+    said = capsys.readouterr().out
+    assert [word for word in ("NVMOVE_QEMU", "image-owner", "docs/reference/cli.md") if word not in said] == []
 
 
 def test_the_command_explains_all_and_says_its_version(

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"bench: {' '.join(str(error).split())}") from None
     if args.plots is not None:
         for plot in [plot for section in found for plot in section.plots]:
-            (args.plots / f"{plot.name}.svg").write_text(draw(plot))
+            (args.plots / f"{plot.name}.svg").write_text(draw(plot), encoding="utf-8")
     if args.json is not None:
         args.json.write_text(json.dumps(to_json(around, found), indent=1) + "\n")
     return 0

@@ -20,7 +20,8 @@ from nvmove.options.drives import Drive
 from nvmove.options.properties import PROPERTIES, Values
 from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
-from nvmove.vm import memory, monitors, placement, qemu
+from nvmove.vm import memory, monitors, placement
+from nvmove.vm import program as programs
 from nvmove.vm.argv import Item
 from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
 
@@ -40,7 +41,11 @@ _NO_REFERENCE = frozenset({"id", "driver", "node-name", "serial", "filename", "b
 
 
 class Qemu(Protocol):
-    """What lifting wants to know of QEMU (`vm.qemu.QemuProgram` knows it)."""
+    """What lifting wants to know of QEMU (`vm.program.QemuProgram` knows it)."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
 
     @property
     def version_text(self) -> str:
@@ -62,7 +67,7 @@ def lift(arguments: Sequence[str], run_directory: Path, program: Qemu | None = N
     if words.asks_for_help(items) or not any(_is_nvme(item) for item in items):
         _look_into_files(items, any_nvme=False)
         return Plan(program=name, arguments=tuple(rest), passthrough=True)
-    return _Lifting(items, run_directory, program or qemu.find(name)).plan(name)
+    return _Lifting(items, run_directory, program or programs.find(name)).plan()
 
 
 class _Lifting:
@@ -74,7 +79,7 @@ class _Lifting:
         _look_into_files(items, any_nvme=True)
         self.items, self.globals = _take_globals(_apply_set(items))
 
-    def plan(self, name: str) -> Plan:
+    def plan(self) -> Plan:
         at, parsed = self._controllers()
         used = self._drives(parsed)
         devices = self._devices(parsed, used)
@@ -101,7 +106,7 @@ class _Lifting:
             own.append(Item.make("incoming", DEFER))
         names = [item.name for item in items]
         return Plan(
-            program=name,
+            program=str(self.program.path),
             arguments=tuple(words.words([*(item for item in items if item.name not in _LIFTED), *own])),
             devices=devices,
             drives=self._planned_drives(parsed, devices, used),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import os
 import signal
@@ -12,17 +11,30 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from nvmove.block.fault import FaultRules
-from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.options.faults import add_argument, parse_fault
 from nvmove.vm.arguments import lift
-from nvmove.vm.machine import Machine
 from nvmove.vm.plan import Plan
 from nvmove.vm.rundir import RunDirectory
+
+_MORE = """\
+Of -device nvme and nvme-ns, beside QEMU's own properties:
+  image-owner=auto|nvmove|qemu  who opens a raw image: nvmove is faster, QEMU has block jobs
+  x-doorbells=messages|mapped   mapped: for host-side initiators that poll
+
+Environment:
+  NVMOVE_QEMU    the QEMU to use, whatever the command line names: 10.1 or later, with vfio-user-pci
+  NVMOVE_ENGINE  compiled or plain
+  NVMOVE_LOG     debug, info, warning, error
+
+Documentation: docs/ in nvmove's source; docs/reference/cli.md is about this command.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `nvmove run`."""
+    parser.epilog = _MORE
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_argument(parser)
     parser.add_argument(
         "qemu", nargs=argparse.REMAINDER, metavar="QEMU ARGS…", help="QEMU and its arguments, as you would start it"
@@ -39,12 +51,13 @@ def run(args: argparse.Namespace) -> int:
         for warning in plan.warnings:
             print(f"nvmove: warning: {warning}", file=sys.stderr)
         if not plan.passthrough:
-            if slow := choice.notice():
-                print(f"nvmove: warning: {slow}", file=sys.stderr)
             faults = FaultRules()
             for text in args.fault:
                 faults.add(parse_fault(text, plan.drive_names))
-            return asyncio.run(Machine(plan, directory, faults).run())
+            # Only now: what a VM needs takes ten times as long to import as what a refusal needs.
+            from nvmove.vm import machine  # noqa: PLC0415
+
+            return machine.run(plan, directory, faults)
     if args.fault:
         raise UserError(f"--fault {args.fault[0]}: no -device nvme is there that it could be for")
     return _become(plan)

@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from nvmove.block.open import open_local
 from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
+from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.transport import ListenError
@@ -50,6 +52,7 @@ from nvmove.vm.qemuerrors import ErrorRelay, Wording
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
+from nvmove.vm.slots import Slots
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vm.stalls import Stalls
 from nvmove.vmstate.bus import VMStateBus
@@ -72,6 +75,13 @@ class _Drive:
     io: IoStatus
     node: str
     """PlannedDrive.node, when it is known."""
+
+
+def run(plan: Plan, run_directory: Path, faults: FaultRules) -> int:
+    """Run a VM to its end; return QEMU's exit status. Raises UserError."""
+    if slow := choice.notice():
+        print(f"nvmove: warning: {slow}", file=sys.stderr)
+    return asyncio.run(Machine(plan, run_directory, faults).run())
 
 
 class Machine:
@@ -106,7 +116,6 @@ class Machine:
                 return await self._live()
 
     async def _live(self) -> int:
-        program = await asyncio.to_thread(qemu.find, self._plan.program)
         bus = await self._start_bus()
         self._open_drives()
         await self._start_devices(bus)
@@ -115,7 +124,7 @@ class Machine:
         await monitors.open()
         client = QemuClient()
         await client.start_server(str(self._plan.qmp_socket))
-        process = await self._start_qemu(program, bus)
+        process = await self._start_qemu(bus)
         gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
         ended = asyncio.create_task(process.wait())
         self._cleanup.push_async_callback(_end, process)
@@ -133,12 +142,15 @@ class Machine:
             raise UserError(f"the VM that arrives does not fit: {bus.refusal.removeprefix('nvmove/')}")
         return status
 
-    async def _start_qemu(self, program: qemu.QemuProgram, bus: VMStateBus) -> qemu.QemuProcess:
+    async def _start_qemu(self, bus: VMStateBus) -> qemu.QemuProcess:
         relay = ErrorRelay(Wording(self._plan.wording, DRIVER, "nvme"), _STDERR)
         self._cleanup.push_async_callback(asyncio.to_thread, relay.close)
         try:
             self._process = await qemu.start(
-                program, self._arguments(bus), uses_stdio=self._plan.qemu_uses_stdio, stderr=relay.end
+                Path(self._plan.program),
+                self._arguments(bus),
+                uses_stdio=self._plan.qemu_uses_stdio,
+                stderr=relay.end,
             )
         finally:
             os.close(relay.end)
@@ -218,6 +230,9 @@ class Machine:
         own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
         images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)
+        slots = Slots(facade, [device.id for device in self._devices])
+        await slots.close()
+        slots.register()
         exports = await self._connect_exports(facade)
         by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
         served = list(by_key.values())

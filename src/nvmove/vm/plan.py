@@ -54,6 +54,7 @@ class Plan:
     """A command line, lifted."""
 
     program: str
+    """QEMU's path, found and checked; with `passthrough` the word that the user typed."""
     arguments: tuple[str, ...]
     """For QEMU. Complete but for the dbus-vmstate object, with -S."""
     devices: tuple[PlannedDevice, ...] = ()

@@ -1,4 +1,4 @@
-"""QEMU's program and process: found and checked, started so that it dies with nvmove, ended."""
+"""QEMU's process: started so that it dies with nvmove, ended."""
 
 from __future__ import annotations
 
@@ -6,80 +6,16 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import re
-import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nvmove.errors import UserError
 
-MINIMUM = (10, 1)
-"""The first QEMU with vfio-user-pci."""
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_PROBE_SECONDS = 60
 _END_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class QemuProgram:
-    """A QEMU that nvmove can work with."""
-
-    path: Path
-    version: tuple[int, int, int]
-
-    @property
-    def version_text(self) -> str:
-        """The version as QEMU's devices show it: `11.1.3`."""
-        return ".".join(map(str, self.version))
-
-    def property_types(self, driver: str) -> Mapping[str, str]:
-        """Return the types of a device's properties by name, as `-device DRIVER,help` shows them; empty if unknown."""
-        shown = _ask(self.path, "-device", f"{driver},help").stdout
-        return dict(re.findall(r"^  (\S+)=<(.+?)>(?:\s|$)", shown, re.MULTILINE))
-
-
-def find(program: str) -> QemuProgram:
-    """Return the QEMU that the user means by `program` (`$NVMOVE_QEMU` when set); raises UserError."""
-    wanted = os.environ.get("NVMOVE_QEMU") or program
-    path = shutil.which(wanted)
-    need = f"nvmove needs QEMU {MINIMUM[0]}.{MINIMUM[1]} or later"
-    if path is None:
-        raise UserError(f"'{wanted}' not found; {need} (set NVMOVE_QEMU to its path)")
-    shown = _ask(Path(path), "--version").stdout
-    match = re.search(r"QEMU emulator version (\d+)\.(\d+)(?:\.(\d+))?", shown)
-    if not match:
-        raise UserError(f"'{path}' is not a QEMU system emulator: it does not tell its version; {need}")
-    version = (int(match[1]), int(match[2]), int(match[3] or 0))
-    if version[:2] < MINIMUM:
-        raise UserError(f"{need}, and '{path}' is QEMU {'.'.join(map(str, version))} (NVMOVE_QEMU chooses another)")
-    found = QemuProgram(Path(path), version)
-    if "socket" not in found.property_types("vfio-user-pci"):
-        raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the device vfio-user-pci")
-    if not re.search(r"^\s*dbus-vmstate\s*$", _ask(found.path, "-object", "help").stdout, re.MULTILINE):
-        raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the object dbus-vmstate")
-    return found
-
-
-def _ask(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [path, *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_PROBE_SECONDS,
-        )
-    except OSError as error:
-        raise UserError(f"cannot run '{path}': {error.strerror}") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"'{path} {' '.join(words)}' does not answer in {_PROBE_SECONDS} seconds") from None
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
@@ -134,7 +70,7 @@ class QemuProcess:
 
 
 async def start(
-    program: QemuProgram, arguments: Sequence[str], *, uses_stdio: bool = False, stderr: int | None = None
+    program: Path, arguments: Sequence[str], *, uses_stdio: bool = False, stderr: int | None = None
 ) -> QemuProcess:
     """Start QEMU from the main thread; raises UserError.
 
@@ -144,7 +80,7 @@ async def start(
     """
     try:
         process = await asyncio.create_subprocess_exec(
-            program.path,
+            program,
             *arguments,
             stdin=None if uses_stdio else asyncio.subprocess.DEVNULL,
             stderr=stderr,
@@ -153,5 +89,5 @@ async def start(
             preexec_fn=die_with_parent(os.getpid()),
         )
     except OSError as error:
-        raise UserError(f"cannot run '{program.path}': {error.strerror}") from None
+        raise UserError(f"cannot run '{program}': {error.strerror}") from None
     return QemuProcess(process)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import html
 import os
 import shutil
 import signal
 import string
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 from nvmove.errors import UserError
 
@@ -77,7 +77,7 @@ class DBusDaemon:
             raise BusError(f"socket path {socket} is longer than {SOCKET_PATH_MAX} bytes: use a shorter run directory")
         address = bus_address(str(socket))
         socket.unlink(missing_ok=True)
-        config.write_text(CONFIG.format(address=escape(address)))
+        config.write_text(CONFIG.format(address=html.escape(address)))
         process = await asyncio.create_subprocess_exec(
             found,
             f"--config-file={config}",

@@ -27,6 +27,7 @@ NVME = "-device nvme,serial=S1,drive=d0"
 
 
 class FakeQemu:
+    path = Path("/usr/bin/qemu-system-x86_64")
     version_text = "11.1.3"
 
     def property_types(self, driver: str) -> Mapping[str, str]:

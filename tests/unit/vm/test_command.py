@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import pytest
 
 from nvmove.block.fault import FaultRules
 from nvmove.errors import UserError
-from nvmove.vm import command, qemu
+from nvmove.vm import command, machine, program
 from nvmove.vm.plan import Plan
-from nvmove.vm.qemu import QemuProgram
+from nvmove.vm.program import QemuProgram
 
 NVME = ["-drive", "if=none,id=d0,file=/absent/d.raw,format=raw,node-name=n0", "-device", "nvme,serial=S1,drive=d0"]
 
@@ -38,8 +40,8 @@ class FakeMachine:
 def machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeMachine]:
     """The machines that were made; run directories lie in `tmp_path`."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    monkeypatch.setattr(command, "Machine", FakeMachine)
-    monkeypatch.setattr(qemu, "find", lambda name: QemuProgram(Path("/fake"), (11, 1, 3)))
+    monkeypatch.setattr(machine, "Machine", FakeMachine)
+    monkeypatch.setattr(program, "find", lambda name: QemuProgram(Path("/fake"), (11, 1, 3)))
     monkeypatch.setattr(QemuProgram, "property_types", lambda self, driver: {})
     monkeypatch.setattr(FakeMachine, "made", [], raising=False)
     monkeypatch.setattr(FakeMachine, "ends", 0)
@@ -66,7 +68,7 @@ def test_the_machines_status_is_ours_and_the_run_directory_goes(
     machines.ends = 7
     assert run(*front, "qemu", "-M", "q35", *NVME) == 7
     ((plan, faults),) = machines.made
-    assert (plan.program, [device.id for device in plan.devices]) == ("qemu", ["nvmove0"])
+    assert (plan.program, [device.id for device in plan.devices]) == ("/fake", ["nvmove0"])
     assert faults.list() == []
     assert list(tmp_path.iterdir()) == []
 
@@ -86,7 +88,7 @@ def test_a_signal_while_the_command_line_is_read_leaves_nothing(
         os.kill(os.getpid(), number)
         threading.Event().wait(20)
 
-    monkeypatch.setattr(qemu, "find", find)
+    monkeypatch.setattr(program, "find", find)
     before = signal.signal(number, signal.SIG_DFL)  # a test run under nohup ignores SIGHUP
     try:
         with pytest.raises(SystemExit) as raised:
@@ -144,3 +146,31 @@ def test_what_has_nothing_for_us_becomes_qemu_with_its_own_arguments(
 
 def test_a_qemu_that_is_not_there_is_one_line(machines: type[FakeMachine]) -> None:
     assert str(refused("/no/qemu", "--version")) == "cannot run '/no/qemu': No such file or directory"
+
+
+def test_a_refusal_imports_nothing_that_only_a_vm_needs(tmp_path: Path) -> None:
+    """By name: what takes long to import is what a VM needs (`-X importtime`), half a second on a slow machine."""
+    fake = tmp_path / "qemu"
+    fake.write_text(
+        "#!/bin/sh\necho 'QEMU emulator version 11.1.3'; echo '  socket=<SocketAddress>'; echo dbus-vmstate\n"
+    )
+    fake.chmod(0o755)
+    script = f"""
+import sys
+sys.argv = ["nvmove", "run", {str(fake)!r}, "-device", "nvme,drive=d0"]
+from nvmove import cli
+assert cli.main() == 1
+print(*sys.modules)
+"""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    environment.pop("NVMOVE_QEMU", None)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ran.stderr == "nvmove: -device nvme,drive=d0: serial property not set\n"
+    loaded = set(ran.stdout.split())
+    assert "nvmove.vm.arguments" in loaded
+    late = {"asyncio", "ssl", "ctypes", "importlib.metadata", "dbus_fast", "qemu.qmp", "xml.sax", "nvmove.device"}
+    parts = ("nvmove.engine", "nvmove.vfio", "nvmove.pci", "nvmove.vmstate", "nvmove.vm.machine", "nvmove.vm.monitor")
+    assert loaded & late == set()
+    assert [name for name in loaded if f"{name}.".startswith(tuple(f"{part}." for part in parts))] == []

@@ -84,7 +84,7 @@ def test_qemu_gets_its_arguments_and_the_way_to_the_devices_state(vm: FakeVm) ->
     assert run(vm, meanwhile) == 7
     state = ["-object", "dbus-vmstate,id=nvmove,addr=unix:path=/a,,b"]
     assert vm.qemu.arguments == ["-M", "q35", "-S", *state]
-    assert vm.qemu.executed == ["qmp_capabilities", "cont"]
+    assert vm.qemu.executed == ["qmp_capabilities", "qom-get", "qom-get", "qom-get", "cont"]  # the slot is closed
     assert vm.bus.idents == ["nvmove/nv0", "nvmove-vm"]
     assert vm.bus.closed
 

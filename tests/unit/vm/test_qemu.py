@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvmove.errors import UserError
-from nvmove.vm import qemu
-from nvmove.vm.qemu import QemuProgram
+from nvmove.vm import program, qemu
 
 QEMU_11 = "QEMU emulator version 11.1.3 (Debian)"
 VFIO = "echo '  addr=<str>'; echo '  socket=<SocketAddress> - SocketAddress (UNIX sockets only)'"
@@ -40,21 +39,21 @@ def fake(
     return str(path)
 
 
-def refusal(program: str) -> str:
+def refusal(path: str) -> str:
     with pytest.raises(UserError) as raised:
-        qemu.find(program)
+        program.find(path)
     return str(raised.value)
 
 
 def test_the_version_is_found(tmp_path: Path) -> None:
-    found = qemu.find(fake(tmp_path))
+    found = program.find(fake(tmp_path))
     assert (found.version, found.version_text) == ((11, 1, 3), "11.1.3")
     assert found.property_types("vfio-user-pci") == {"addr": "str", "socket": "SocketAddress"}
 
 
 def test_the_environment_chooses_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVMOVE_QEMU", fake(tmp_path))
-    assert qemu.find("no-such-qemu").path == tmp_path / "qemu-fake"
+    assert program.find("no-such-qemu").path == tmp_path / "qemu-fake"
 
 
 def test_refusals_say_what_is_needed_and_what_was_found(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_exit_statuses_are_qemus_and_signals_are_128_more() -> None:
 
 def start(*arguments: str) -> int:
     async def run() -> int:
-        process = await qemu.start(QemuProgram(Path("/bin/sh"), (11, 1, 3)), arguments)
+        process = await qemu.start(Path("/bin/sh"), arguments)
         assert process.running
         assert process.pid != os.getpid()
         return await process.wait()
@@ -99,14 +98,14 @@ def test_its_input_is_empty_and_its_process_group_its_own() -> None:
 
 def test_a_program_that_cannot_start_is_one_line() -> None:
     with pytest.raises(UserError, match=r"^cannot run '/no/qemu': No such file or directory$"):
-        asyncio.run(qemu.start(QemuProgram(Path("/no/qemu"), (11, 1, 3)), []))
+        asyncio.run(qemu.start(Path("/no/qemu"), []))
 
 
 def test_ending_is_sigterm_and_then_sigkill() -> None:
     async def end(script: str, seconds: float) -> int:
         read, write = os.pipe()
         os.set_inheritable(write, True)
-        process = await qemu.start(QemuProgram(Path("/bin/sh"), (11, 1, 3)), ["-c", script.replace("FD", str(write))])
+        process = await qemu.start(Path("/bin/sh"), ["-c", script.replace("FD", str(write))])
         os.close(write)
         assert os.read(read, 1) == b"r"  # its trap is set
         os.close(read)
@@ -127,7 +126,7 @@ def test_it_dies_with_us_however_we_die() -> None:
         from nvmove.vm import qemu
         async def main():
             script = "echo ready; while :; do :; done"
-            program = qemu.QemuProgram(pathlib.Path("/bin/sh"), (11, 1, 3))
+            program = pathlib.Path("/bin/sh")
             await (await qemu.start(program, ["-c", script])).wait()
         asyncio.run(main())
     """

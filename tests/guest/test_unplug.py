@@ -1,0 +1,67 @@
+"""A slot with an NVMe disk cannot be emptied, by the host or by the guest, and the VM lives on; others can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvmove.lab.machine import Machine
+from nvmove.lab.qmp import QmpError
+from nvmove.lab.sysroot import Sysroot
+from tests.guest.conftest import block_device, disk, loadvm, make_image, savevm
+
+REFUSAL = "Device 'nv' cannot be unplugged: QEMU would abort"
+ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=7,chassis=3,slot=3"]
+EJECT = "for slot in /sys/bus/pci/slots/*; do [ $(cat $slot/address) = {address} ] && echo 0 > $slot/power; done; true"
+
+
+def reads(machine: Machine) -> None:
+    """The disk answers."""
+    device = block_device(machine, "d0")
+    machine.console.check(f"dd if=/dev/{device} of=/dev/null bs=64k count=16 iflag=direct")
+
+
+def refused(machine: Machine, ident: str) -> str:
+    with pytest.raises(QmpError) as caught:
+        machine.qmp.execute("device_del", {"id": ident})
+    assert caught.value.error_class == "GenericError"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("board", "before", "device", "eject"),
+    [
+        ("pc", [], ",addr=5", "o /w 0xae10 0\no /w 0xae08 0x20"),
+        ("q35", ROOT_PORT, ",bus=rp", "o /w 0xcd0 0\no /w 0xcc8 1"),
+    ],
+)
+def test_an_nvme_slot_cannot_be_ejected(
+    machine: Machine, tree: Sysroot, work: Path, board: str, before: list[str], device: str, eject: str
+) -> None:
+    rng = ["-device", "virtio-rng-pci,id=rng,addr=6"] if board == "pc" else []
+    image = make_image(tree, work / "d0.qcow2")
+    machine.boot(["-M", board, *before, *disk(image, device=f"id=nv{device}"), *rng])
+    for ident in ("nv", "/machine/peripheral/nv"):
+        assert refused(machine, ident) == REFUSAL.replace("nv'", f"{ident}'")
+    assert machine.qmp.hmp("device_del nv") == f"Error: {REFUSAL}\n"
+    address = machine.console.check("basename $(readlink /sys/class/nvme/nvme0/device)").strip().partition(".")[0]
+    machine.console.check(EJECT.format(address=address))  # acpiphp lets the driver go first
+    for line in eject.splitlines():
+        assert machine.qmp.hmp(line) == ""  # what a hostile guest writes to the port
+    machine.console.check("echo 1 > /sys/bus/pci/rescan; udevadm settle 2>/dev/null; true")
+    machine.console.check("for i in $(seq 600); do [ -b /dev/nvme0n1 ] && break; sleep 0.1; done; [ -b /dev/nvme0n1 ]")
+    reads(machine)
+    if board == "pc":
+        machine.qmp.execute("device_del", {"id": "rng"})
+        machine.qmp.wait_event("DEVICE_DELETED")
+        machine.qmp.execute("device_add", {"driver": "virtio-rng-pci", "id": "rng", "bus": "pci.0"})
+    savevm(machine, "s")
+    loadvm(machine, "s")
+    reads(machine)
+    for line in eject.splitlines():
+        assert machine.qmp.hmp(line) == ""
+    machine.qmp.execute("system_reset")
+    machine.console.wait_boot(240)
+    reads(machine)
+    assert machine.quit() == 0

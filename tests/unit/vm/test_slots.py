@@ -1,0 +1,158 @@
+"""The slots of our devices against a monitor that has QEMU's objects: what is refused, which bus is open, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from tests.fake_qemu import FakeQemu, facade_on_fake
+
+from nvmove.vm.monitor import Facade, QmpError
+from nvmove.vm.slots import Slots
+
+BUS = "/machine/i440fx/pci.0"
+PLACES = {"nv": (BUS, 5 << 3), "beside": (BUS, 5 << 3 | 1), "rng": (BUS, 6 << 3), "fixed": ("/machine/q35/pcie.0", 8)}
+
+
+class Objects:
+    """QEMU's objects as far as they are asked for."""
+
+    def __init__(self, qemu: FakeQemu) -> None:
+        self.handler = "/machine/pm"
+        self.open_at: list[str] = []
+        """Plugs and unplugs that came while the bus was open."""
+        self.refuses = False
+        qemu.answers |= {
+            "qom-get": self._get,
+            "qom-set": self._set,
+            "device_add": self._plug,
+            "device_del": self._plug,
+        }
+
+    async def _get(self, arguments: dict[str, Any]) -> Any:
+        if arguments["path"] == BUS:
+            return self.handler
+        if arguments["path"] == "/machine/q35/pcie.0":
+            return ""
+        name = arguments["path"].removeprefix("/machine/peripheral/")
+        if name not in PLACES:
+            raise AssertionError(name)
+        bus, devfn = PLACES[name]
+        return {"parent_bus": bus, "addr": devfn}[arguments["property"]]
+
+    async def _set(self, arguments: dict[str, Any]) -> Any:
+        assert (arguments["path"], arguments["property"]) == (BUS, "hotplug-handler")
+        self.handler = arguments["value"]
+        return {}
+
+    async def _plug(self, arguments: dict[str, Any]) -> Any:
+        if self.handler:
+            self.open_at.append(arguments["id"])
+        return {}
+
+
+@contextlib.asynccontextmanager
+async def slots(*devices: str) -> AsyncIterator[tuple[Facade, FakeQemu, Objects]]:
+    async with facade_on_fake() as (facade, qemu):
+        objects = Objects(qemu)
+        ours = Slots(facade, devices or ("nv",))
+        await ours.close()
+        ours.register()
+        yield facade, qemu, objects
+
+
+async def until_closed(objects: Objects) -> None:
+    async with asyncio.timeout(20):
+        while objects.handler:
+            await asyncio.sleep(0.005)
+
+
+def test_a_guest_finds_no_hot_pluggable_bus() -> None:
+    async def story() -> None:
+        async with slots() as (_, _, objects):
+            assert objects.handler == ""
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("name", ["nv", "/machine/peripheral/nv"])
+def test_device_del_of_an_nvme_is_refused_in_every_monitor(name: str) -> None:
+    async def story() -> None:
+        async with slots() as (facade, qemu, _):
+            desc = f"Device '{name}' cannot be unplugged: QEMU would abort"
+            with pytest.raises(QmpError, match=desc):
+                await facade.dispatch("device_del", {"id": name})
+            assert await facade.dispatch_hmp(f"device_del {name}") == f"Error: {desc}\n"
+            line = {"command-line": f"device_del {name}"}
+            assert await facade.dispatch("human-monitor-command", line) == f"Error: {desc}\n"
+            assert "device_del" not in [request["execute"] for request in qemu.requests]
+
+    asyncio.run(story())
+
+
+def test_another_function_of_the_slot_is_refused_too() -> None:
+    async def story() -> None:
+        async with slots() as (facade, _, _):
+            with pytest.raises(QmpError, match="'beside' shares its slot with 'nv' and cannot be unplugged"):
+                await facade.dispatch("device_del", {"id": "beside"})
+
+    asyncio.run(story())
+
+
+def test_the_bus_is_open_until_another_device_has_left() -> None:
+    async def story() -> None:
+        async with slots() as (facade, qemu, objects):
+            await facade.dispatch("device_del", {"id": "rng"})
+            assert objects.open_at == ["rng"]
+            assert objects.handler == "/machine/pm"
+            qemu.event("DEVICE_DELETED", device="rng", path="/machine/peripheral/rng")
+            await until_closed(objects)
+
+    asyncio.run(story())
+
+
+def test_the_bus_is_closed_when_qemu_or_the_guest_refuses() -> None:
+    async def story() -> None:
+        async with slots() as (facade, qemu, objects):
+            await facade.dispatch("device_del", {"id": "rng"})
+            qemu.event("DEVICE_UNPLUG_GUEST_ERROR", device="rng", path="/machine/peripheral/rng")
+            await until_closed(objects)
+            qemu.answers["device_del"] = RuntimeError("no")
+            with pytest.raises(QmpError, match="no"):
+                await facade.dispatch("device_del", {"id": "rng"})
+            assert objects.handler == ""
+
+    asyncio.run(story())
+
+
+def test_the_bus_is_open_while_a_device_is_plugged() -> None:
+    async def story() -> None:
+        async with slots() as (facade, _, objects):
+            await facade.dispatch("device_add", {"driver": "virtio-rng-pci", "id": "new"})
+            assert objects.open_at == ["new"]
+            assert objects.handler == ""
+
+    asyncio.run(story())
+
+
+def test_what_is_no_pci_device_is_qemus() -> None:
+    async def story() -> None:
+        async with slots() as (facade, qemu, objects):
+            qemu.answers["qom-get"] = RuntimeError("Property 'usb-kbd.addr' not found")
+            assert await facade.dispatch("device_del", {"id": "kbd"}) == {}
+            assert objects.open_at == []
+
+    asyncio.run(story())
+
+
+def test_a_bus_without_hot_plug_stays_as_it_is() -> None:
+    async def story() -> None:
+        async with slots("fixed") as (facade, qemu, objects):
+            await facade.dispatch("device_add", {"driver": "virtio-rng-pci", "id": "new"})
+            assert "qom-set" not in [request["execute"] for request in qemu.requests]
+            assert objects.open_at == ["new"]
+
+    asyncio.run(story())
