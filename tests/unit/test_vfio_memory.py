@@ -30,15 +30,12 @@ class FakeClient:
             raise DmaError("refused")
         return bytes(self.ram.get(address + i, 0) for i in range(length))
 
-    def dma_write(self, address: int, data: Buffer) -> None:
-        self.calls.append(("write", address, len(data)))
-        if address + len(data) > self.limit:
-            raise DmaError("refused")
-        self.ram.update(enumerate(bytes(data), address))
-
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         for address, data in runs:
-            self.dma_write(address, data)
+            self.calls.append(("write", address, len(data)))
+            if address + len(data) > self.limit:
+                raise DmaError("refused")
+            self.ram.update(enumerate(bytes(data), address))
 
     def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
         try:

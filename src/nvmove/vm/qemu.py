@@ -60,8 +60,10 @@ def find(program: str) -> QemuProgram:
     found = QemuProgram(Path(path), version)
     if "socket" not in found.property_types("vfio-user-pci"):
         raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the device vfio-user-pci")
-    if not re.search(r"^\s*dbus-vmstate\s*$", _ask(found.path, "-object", "help").stdout, re.MULTILINE):
-        raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the object dbus-vmstate")
+    objects = _ask(found.path, "-object", "help").stdout.split()
+    for needed in ("dbus-vmstate", "qtest"):
+        if needed not in objects:
+            raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the object {needed}")
     return found
 
 
