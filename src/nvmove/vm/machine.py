@@ -47,7 +47,7 @@ from nvmove.vm.qtest import QTest, ReplayError
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
-from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.snapshot import SnapshotError, Snapshots, failure
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.machine import IDENT
 
@@ -288,9 +288,11 @@ class Machine:
         try:
             output = (await snapshots.load(f"loadvm {tag}")).strip()
         except (SnapshotError, ReplayError) as error:
-            output = str(error)
+            raise UserError(str(error)) from None
+        if why := failure(output):
+            raise UserError(why)
         if output:
-            raise UserError(output.removeprefix("Error: "))
+            log.warning("%s", output)
 
 
 async def _node(facade: Facade, plan: PlannedDrive) -> str:

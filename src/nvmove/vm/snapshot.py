@@ -64,6 +64,15 @@ class SnapshotError(Exception):
     """A snapshot that cannot be made or loaded: QEMU's message, or ours in its place."""
 
 
+def failure(output: str) -> str:
+    """Return why an HMP command has failed by its output, in QEMU's words; empty when it has not.
+
+    There may be lines before: warnings, and what QEMU's devices have to say.
+    """
+    found = re.search(r"^Error: (.*)", output, re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else ""
+
+
 class Snapshots:
     """Saves and loads the VM with its nvmove devices."""
 
@@ -139,7 +148,7 @@ class Snapshots:
             return await self._monitor.hmp(line)
 
     async def load(self, line: str) -> str:
-        """Run the HMP command `loadvm …`; return its output, which is empty when all went well.
+        """Run the HMP command `loadvm …`; return its output, in which `failure` finds whether all went well.
 
         A load that failed half-way leaves the VM stopped, as QEMU does; one that touched nothing lets it run on.
         """
@@ -148,7 +157,7 @@ class Snapshots:
         async with self._runstate.held(for_load=True) as held:
             mark = self._begin_load()
             output = await self._monitor.hmp(line)
-            await self._finish_load(held, mark, failed=bool(output.strip()))
+            await self._finish_load(held, mark, failed=bool(failure(output)))
             if why := self._why(output):
                 raise SnapshotError(why)
             return output
