@@ -21,6 +21,8 @@ from nvmove.vmstate.bus import VMStateBus
 from tests.directories import short_directory
 from tests.fake_qemu import FakeQemu
 
+HOST_BRIDGE = {"bus": 0, "slot": 0, "function": 0, "qdev_id": "", "id": {"vendor": 0x8086, "device": 0x29C0}}
+
 
 class FakeBus:
     """The D-Bus service, as far as Machine uses it."""
@@ -70,14 +72,29 @@ class FakeProcess:
             "query-block": [],
             "object-add": {},
             "qom-get": self._qom_get,
+            "query-pci": [{"bus": 0, "devices": [HOST_BRIDGE]}],
             "nbd-server-start": {},
             "block-export-add": {},
             **vm.answers,
             **dict.fromkeys(vm.dies_at, self._deadly),
         }
-        self.qemu.hmp_answers |= vm.hmp_answers
+        self.qemu.hmp_answers |= {"info mtree -f": "  cf8-cf8 (prio 0, i/o): pci-conf-idx\r\n", **vm.hmp_answers}
         self.runs = False
-        self._serving = asyncio.create_task(self.qemu.run())
+        self._qtest = socket.socket(socket.AF_UNIX)
+        self._qtest.connect(str(vm.plan.qtest_socket))
+        self._serving = asyncio.create_task(self._serve())
+
+    async def _serve(self) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=self._qtest)
+        answering = asyncio.create_task(self._answer_qtest(reader, writer))
+        await self.qemu.run()
+        writer.close()
+        await answering
+
+    async def _answer_qtest(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Every register holds the host bridge's identity."""
+        while line := await reader.readline():
+            writer.write(b"OK 0x29c08086\n" if line.startswith(b"in") else b"OK\n")
 
     async def _cont(self, _arguments: Any) -> dict[str, Any]:
         self.runs = True
@@ -162,6 +179,7 @@ class FakeVm:
                 PlannedDrive("d0", "d0", "", "nv0", DriveConfig(id="d0", file=str(image), format="raw"), in_qemu=False),
             ),
             qmp_socket=directory / "qmp",
+            qtest_socket=directory / "qtest",
         )
 
         async def start_bus(run_directory: Path) -> FakeBus:

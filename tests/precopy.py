@@ -39,9 +39,6 @@ class PreCopy:
     def dma_read(self, address: int, length: int) -> bytes:
         raise AssertionError("all memory is mapped")
 
-    def dma_write(self, address: int, data: Buffer) -> None:
-        self.dma_write_all([(address, data)])
-
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         for address, data in runs:
             if self.refuses:

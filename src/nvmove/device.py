@@ -26,7 +26,7 @@ from nvmove.nvme import management, vmsd
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.counters import Counters
-from nvmove.nvme.seams import DmaError, Engine
+from nvmove.nvme.seams import Engine
 from nvmove.nvme.spec import DOORBELLS
 from nvmove.nvme.vmsd import PciImage
 from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
@@ -313,13 +313,6 @@ class NvmeDevice:
             raise ValueError(f"an MSI-X table of {len(table)} bytes, expected {self._layout.table_size}")
         with self._lock:
             self._table = table
-
-    def write_guest(self, address: int, data: bytes) -> None:
-        """Write to any guest-physical address through QEMU, our own BAR included; waits. Raises DmaError."""
-        client = self._client
-        if client is None:
-            raise DmaError("no client is connected")
-        client.dma_write(address, data)
 
     # --- nvmove.vfio.device.Device, on the control thread ------------------------------------------------------------
 

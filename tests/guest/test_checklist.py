@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.migration import ENDED, Traveller, migrate_status, wait_run_state, wait_status
 from nvmove.lab.sysroot import Sysroot
-from nvmove.vm.pciaddress import ConfigSpace, find
+from nvmove.vm.pciaddress import CONFIG_ADDRESS, CONFIG_DATA, find
 from nvmove.vm.replay import MSIX_CONTROL, MSIX_FUNCTION_MASK
 from tests.guest.conftest import MachineFactory, disk, loadvm, make_image, savevm
 
@@ -177,13 +176,11 @@ def test_an_interrupt_that_was_masked_across_a_save_comes_when_it_is_unmasked(
 ) -> None:
     start_linux(machine, [*machine.linux, *arguments])
 
-    async def hmp(line: str) -> str:
-        return machine.qmp.hmp(line)
-
     def mask(masked: bool) -> None:
-        space = ConfigSpace(hmp, find(machine.qmp.execute("query-pci"), "nvmove0"))
+        where = find(machine.qmp.execute("query-pci"), "nvmove0")
         control = 0x8000 | 64 | (MSIX_FUNCTION_MASK if masked else 0)
-        asyncio.run(space.write16(MSIX_CONTROL, control))
+        machine.qmp.hmp(f"o /w {CONFIG_ADDRESS:#x} {where.config_address(MSIX_CONTROL):#x}")
+        machine.qmp.hmp(f"o /h {CONFIG_DATA + MSIX_CONTROL % 4:#x} {control:#x}")
 
     machine.qmp.execute("stop")
     mask(True)

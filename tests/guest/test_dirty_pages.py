@@ -30,7 +30,8 @@ from nvmove.lab.sysroot import Sysroot
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
-from nvmove.vm.pciaddress import find
+from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, find
+from nvmove.vm.qtest import QTest
 from nvmove.vm.replay import read_msix_table, replay
 from nvmove.vmstate.bus import VMStateBus
 from tests.guest.conftest import MachineFactory, clean_machine, disk, make_image
@@ -72,6 +73,8 @@ class Side:
         program = machine.sysroot.program("dbus-daemon")
         self._bus = self.run(VMStateBus.start(machine.directory, program))
         self.run(self._bus.add("nvmove/nvme0", self.device))
+        self._cpu = QTest()
+        self.run(self._cpu.listen(machine.directory / "qtest"))
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
@@ -79,6 +82,7 @@ class Side:
     def close(self) -> None:
         self.machine.kill()
         self.device.close()
+        self.run(self._cpu.close())
         self.run(self._bus.close())
         self.disk.close()
 
@@ -92,6 +96,8 @@ class Side:
                 *("-M", "q35,memory-backend=ram", "-object", f"memory-backend-memfd,id=ram,size={RAM},share=on"),
                 *("-device", json.dumps({"driver": "vfio-user-pci", "id": "nvme0", "socket": socket, "addr": "7"})),
                 *("-object", f"dbus-vmstate,{vmstate}", *linux, "-S", *more),
+                *("-chardev", f"socket,id=q,path={self.machine.directory / 'qtest'}"),
+                *("-object", "qtest,id=q,chardev=q,log=none"),
             ]
         )
         capabilities = [{"capability": name, "state": True} for name in ("events", "pause-before-switchover")]
@@ -105,17 +111,16 @@ class Side:
         while (status := self.machine.qmp.wait_event("MIGRATION")["data"]["status"]) != wanted:
             assert status not in {"failed", "cancelled"}
 
-    async def _hmp(self, line: str) -> str:
-        return await asyncio.to_thread(self.machine.qmp.hmp, line)
+    @property
+    def _space(self) -> ConfigSpace:
+        return ConfigSpace(ConfigSpaces(self._cpu, None), find(self.machine.qmp.execute("query-pci"), "nvme0"))
 
     def keep_msix_table(self) -> None:
-        where = find(self.machine.qmp.execute("query-pci"), "nvme0")
-        work = read_msix_table(self._hmp, where, self.device.pci_config, self.device.msix_table_offset)
+        work = read_msix_table(self._space, self.device.pci_config, self.device.msix_table_offset)
         self.device.keep_msix_table(self.run(work))
 
     def replay(self) -> None:
-        where = find(self.machine.qmp.execute("query-pci"), "nvme0")
-        self.run(replay(self._hmp, where, self.device))
+        self.run(replay(self._space, self.device))
 
 
 def migrate(source: Side, target: Side, socket: Path, meanwhile: Callable[[], None], marking: bool) -> DirtyReport:

@@ -1,4 +1,4 @@
-"""Snapshots and PCI replay against a monitor that keeps a configuration space as QEMU does."""
+"""Snapshots and PCI replay against a monitor, and a CPU's view of a configuration space and a BAR as QEMU has them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from nvmove.nvme.seams import DmaError
-from nvmove.vm.pciaddress import ConfigSpace, PciAddress, ReplayError, find
+from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, PciAddress, find
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.replay import MSIX_CONTROL, read_msix_table, replay
 from nvmove.vm.runstate import RunState
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.dbus_daemon import BusError
 
 BAR = 0xFEBF_8000
+WINDOW = 0xB000_0000
 TABLE = bytes(range(32))
 
 
@@ -30,7 +31,10 @@ class FakeQemu:
 
     def __init__(self) -> None:
         self.config = bytearray(256)
-        self.selected = 0
+        self.latch = 0x8000_1234
+        """The guest's own value of CONFIG_ADDRESS."""
+        self.table = bytearray(TABLE)
+        self.takes_table = True
         self.running = True
         self.log: list[str] = []
         self.answers: dict[str, str] = {}
@@ -65,26 +69,59 @@ class FakeQemu:
 
     async def hmp(self, line: str) -> str:
         self.log.append(line)
-        if port := re.fullmatch(r"o /([bhw]) (0x[0-9a-f]+) (0x[0-9a-f]+)", line):
-            size, address, value = {"b": 1, "h": 2, "w": 4}[port[1]], int(port[2], 16), int(port[3], 16)
-            if address == 0xCF8:
-                self.selected = value & 0xFF
-                assert value == PciAddress(1, 2, 0).config_address(self.selected)
-            else:
-                register = self.selected + address - 0xCFC
-                self.config[register : register + size] = value.to_bytes(size, "little")
-            return ""
-        if line.startswith("xp /8xw "):
-            if not self.config[4] & 2:
-                return "Cannot access memory"
-            assert int(line.rsplit(maxsplit=1)[-1], 16) == BAR + 0x2000
-            words = [int.from_bytes(TABLE[at : at + 4], "little") for at in range(0, 32, 4)]
-            return "\r\n".join(
-                f"{BAR:016x}: " + " ".join(f"0x{word:08x}" for word in words[at : at + 4]) for at in (0, 4)
-            )
         if line in self.on_hmp:
             self.on_hmp[line]()
         return self.answers.get(line, "")
+
+    # What a CPU reaches.
+
+    async def ask(self, *lines: str) -> list[str]:
+        return [self._port(line) for line in lines]
+
+    def _port(self, line: str) -> str:
+        self.log.append(line)
+        name, port, *value = line.split()
+        size, at = {"b": 1, "w": 2, "l": 4}[name[-1]], int(port, 16)
+        if at == 0xCF8:
+            if name == "inl":
+                return f"{self.latch:#x}"
+            self.latch = int(value[0], 16)
+            return ""
+        register = (self.latch & 0xFF) + at - 0xCFC
+        if self.latch & ~0xFF != PciAddress(1, 2, 0).config_address(0):
+            return "0xffffffff"
+        return self._config(register, size, int(value[0], 16) if value else None)
+
+    def _config(self, register: int, size: int, value: int | None) -> str:
+        if value is None:
+            return f"{int.from_bytes(self.config[register : register + size], 'little'):#x}"
+        if register >= 4:
+            self.config[register : register + size] = value.to_bytes(size, "little")
+        return ""
+
+    async def read(self, address: int, size: int) -> int:
+        self.log.append(f"read {address:#x}")
+        if address >> 28 == 0xB:
+            return int(self._config(self._windowed(address), size, None), 16)
+        return 0
+
+    async def write(self, address: int, size: int, value: int) -> None:
+        self.log.append(f"write {address:#x} {value:#x}")
+        self._config(self._windowed(address), size, value)
+
+    def _windowed(self, address: int) -> int:
+        assert address & ~0xFF == WINDOW + (1 << 20) + (2 << 15)
+        return address & 0xFF
+
+    async def read_bytes(self, address: int, length: int) -> bytes:
+        assert (address, length) == (BAR + 0x2000, len(self.table))
+        return bytes(self.table) if self.config[4] & 2 else b"\xff" * length
+
+    async def write_bytes(self, address: int, data: bytes) -> None:
+        self.log.append("table")
+        if self.takes_table:
+            assert await self.read_bytes(address, len(data)) == self.table, "the function does not decode memory"
+            self.table[:] = data
 
 
 class FakeDevice:
@@ -94,20 +131,16 @@ class FakeDevice:
     def __init__(self, qemu: FakeQemu) -> None:
         self.qemu = qemu
         config = bytearray(256)
+        config[:4] = b"\x36\x1b\x10\x00"
         config[0x10:0x18] = (BAR | 4).to_bytes(8, "little")
         config[4:6] = (0x0506).to_bytes(2, "little")
         config[MSIX_CONTROL : MSIX_CONTROL + 2] = (0x8001).to_bytes(2, "little")
         config[0x3C] = 11
         self.pci_config = bytes(config)
         self.msix_table = TABLE
-        self.written: list[tuple[int, bytes]] = []
         self.loads = self.resets = 0
         self.is_paused = False
         self.state_size = 100
-
-    def write_guest(self, address: int, data: bytes) -> None:
-        assert self.qemu.config[4] & 6 == 6, "DMA needs memory decoding and bus mastering"
-        self.written.append((address, data))
 
     def save(self) -> bytes:
         return bytes(self.state_size)
@@ -128,7 +161,7 @@ def setup(unsaveable: tuple[str, ...] = ()) -> tuple[FakeQemu, FakeDevice, RunSt
     qemu.config[:] = device.pci_config
     runstate = RunState(qemu, [device])
     qemu.runstate = runstate
-    return qemu, device, runstate, Snapshots(qemu, runstate, [device], unsaveable, qemu)
+    return qemu, device, runstate, Snapshots(qemu, ConfigSpaces(qemu, None), runstate, [device], unsaveable, qemu)
 
 
 def test_a_function_behind_a_bridge_is_found_by_its_id() -> None:
@@ -138,17 +171,28 @@ def test_a_function_behind_a_bridge_is_found_by_its_id() -> None:
         find(answer, "nv1")
 
 
-def test_the_msix_table_is_read_word_by_word() -> None:
+def space(qemu: FakeQemu, window: int | None = None) -> ConfigSpace:
+    return ConfigSpace(ConfigSpaces(qemu, window), PciAddress(1, 2, 0))
+
+
+WAYS = pytest.mark.parametrize("window", [None, WINDOW], ids=["ports", "window"])
+
+
+@WAYS
+def test_the_msix_table_is_read_out_of_the_bar(window: int | None) -> None:
     qemu, device, _, _ = setup()
-    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.pci_config, 0x2000)) == TABLE
+    assert run(read_msix_table(space(qemu, window), device.pci_config, 0x2000)) == TABLE
 
 
-def test_the_msix_table_is_read_while_the_guest_has_memory_decoding_off_and_command_is_left_as_it_was() -> None:
+@WAYS
+def test_the_msix_table_is_read_while_the_guest_has_memory_decoding_off_and_command_is_left_as_it_was(
+    window: int | None,
+) -> None:
     qemu, device, _, _ = setup()
     qemu.config[4] = 0
     config = bytearray(device.pci_config)
     config[4] = 0
-    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(config), 0x2000)) == TABLE
+    assert run(read_msix_table(space(qemu, window), bytes(config), 0x2000)) == TABLE
     assert qemu.config[4] == 0
 
 
@@ -160,48 +204,88 @@ def test_intx_is_lowered_before_a_save_where_the_guest_uses_it(control: int, com
     config = bytearray(device.pci_config)
     config[4:6] = command.to_bytes(2, "little")
     config[MSIX_CONTROL : MSIX_CONTROL + 2] = control.to_bytes(2, "little")
-    assert run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(config), 0x2000)) == TABLE
-    assert qemu.log.count(f"xp /1xw {BAR:#x}") == 2 * lowered
+    assert run(read_msix_table(space(qemu), bytes(config), 0x2000)) == TABLE
+    assert qemu.log.count(f"read {BAR:#x}") == 2 * lowered
 
 
 def test_a_bar_that_was_never_placed_has_a_masked_table() -> None:
     qemu, _, _, _ = setup()
-    table = run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), bytes(256), 0x2000))
+    table = run(read_msix_table(space(qemu), bytes(256), 0x2000))
     assert table == bytes(12) + b"\1\0\0\0"
     assert qemu.log == []
 
 
-def test_a_short_answer_is_an_error() -> None:
+def test_another_function_in_the_devices_place_is_an_error() -> None:
     qemu, device, _, _ = setup()
-    qemu.config[4] = 0
-    with pytest.raises(ReplayError, match="0 of the 8"):
-        run(read_msix_table(qemu.hmp, PciAddress(1, 2, 0), device.pci_config, 0x2000))
+    qemu.config[:4] = b"\xff" * 4
+    for work in (read_msix_table(space(qemu), device.pci_config, 0x2000), replay(space(qemu), device)):
+        with pytest.raises(ReplayError, match=r"01:02\.0 is ffffffff to the guest, not 00101b36"):
+            run(work)
 
 
-def test_replay_gives_back_every_register_and_the_table() -> None:
+@WAYS
+def test_replay_gives_back_every_register_and_the_table(window: int | None) -> None:
     qemu, device, _, _ = setup()
-    qemu.config[:] = bytes(256)
-    run(replay(qemu.hmp, PciAddress(1, 2, 0), device))
+    qemu.config[4:] = bytes(252)
+    qemu.table[:] = bytes(32)
+    run(replay(space(qemu, window), device))
     assert qemu.config == device.pci_config
-    assert device.written == [(BAR + 0x2000, TABLE)]
+    assert qemu.table == TABLE
+
+
+def test_replay_of_a_function_that_no_guest_has_placed_touches_no_memory() -> None:
+    qemu, device, _, _ = setup()
+    device.pci_config = device.pci_config[:4] + bytes(252)
+    run(replay(space(qemu), device))
+    assert qemu.config == device.pci_config
+    assert "table" not in qemu.log
 
 
 def test_replay_sets_the_function_mask_while_the_table_is_written() -> None:
     qemu, device, _, _ = setup()
-    run(replay(qemu.hmp, PciAddress(1, 2, 0), device))
-    controls = [line for line in qemu.log if line.startswith("o /h 0xcfe")]
-    assert controls == ["o /h 0xcfe 0xc001", "o /h 0xcfe 0x8001"]
+    run(replay(space(qemu), device))
+    controls = [line for line in qemu.log if line.startswith("outw 0xcfe") or line == "table"]
+    assert controls == ["outw 0xcfe 0xc001", "table", "outw 0xcfe 0x8001"]
 
 
-def test_a_refused_port_write_is_an_error() -> None:
+def test_a_table_that_does_not_take_what_is_written_is_an_error() -> None:
+    qemu, device, _, _ = setup()
+    qemu.table[:] = bytes(32)
+    qemu.takes_table = False
+    with pytest.raises(ReplayError, match="does not hold"):
+        run(replay(space(qemu), device))
+
+
+def test_a_guest_stopped_between_its_two_port_accesses_finds_its_own_address() -> None:
+    qemu, device, _, _ = setup()
+    run(replay(space(qemu), device))
+    assert qemu.latch == 0x8000_1234
+
+
+PORTS = "  0000000000000cf8-0000000000000cf8 (prio 0, i/o): pci-conf-idx\r\n"
+MMCFG = "  {:016x}-00000000bfffffff (prio 0, {}): pcie-mmcfg-mmio\r\n"
+
+
+@pytest.mark.parametrize(
+    ("tree", "bus", "found"),
+    [
+        (PORTS + MMCFG.format(WINDOW, "i/o"), 1, "outl 0xcf8 0x80011000"),
+        (MMCFG.format(WINDOW, "container"), 1, f"read {WINDOW + 0x110000:#x}"),
+        ("", 1, "cannot be reached on this machine"),
+        (PORTS, 3, "does not show the function 03:02.0"),
+    ],
+)
+def test_the_way_to_configuration_space_is_the_machines(tree: str, bus: int, found: str) -> None:
     qemu, _, _, _ = setup()
-    qemu.answers["o /w 0xcfc 0x1"] = "nope"
-
-    async def hmp(line: str) -> str:
-        return "nope" if "0xcfc" in line else await qemu.hmp(line)
-
-    with pytest.raises(ReplayError, match="nope"):
-        run(ConfigSpace(hmp, PciAddress(1, 2, 0)).write32(0x10, 1))
+    qemu.answers["info mtree -f"] = tree
+    ident = {"vendor": 0x1B36, "device": 0x10}
+    query = [{"bus": bus, "devices": [{"bus": bus, "slot": 2, "function": 0, "id": ident, "qdev_id": "nv0"}]}]
+    if " the " in found or "cannot" in found:
+        with pytest.raises(ReplayError, match=found):
+            run(ConfigSpaces.of_machine(qemu, qemu.hmp, query))
+    else:
+        run(ConfigSpaces.of_machine(qemu, qemu.hmp, query))
+        assert found in qemu.log
 
 
 def test_savevm_stops_pauses_reads_the_table_saves_and_runs_on() -> None:
@@ -266,12 +350,12 @@ def test_loadvm_replays_pci_before_it_runs_on() -> None:
 
     def load() -> None:
         loaded(device)
-        qemu.config[:] = bytes(256)
+        qemu.config[4:] = bytes(252)
 
     qemu.on_hmp["loadvm t1"] = load
     run(snapshots.load("loadvm t1"))
     assert qemu.config == device.pci_config
-    assert qemu.log.index("o /w 0xcf8 0x80011010") < qemu.log.index("cont")
+    assert qemu.log.index("outl 0xcf8 0x80011010") < qemu.log.index("cont")
 
 
 def test_a_loadvm_that_touched_nothing_lets_the_vm_run_on() -> None:
@@ -385,10 +469,8 @@ def test_a_snapshot_job_runs_on_before_its_conclusion_is_told() -> None:
 def test_a_snapshot_job_whose_replay_fails_leaves_the_vm_stopped_and_the_monitor_free() -> None:
     qemu, device, runstate, snapshots = setup()
 
-    def refuse(_address: int, _data: bytes) -> None:
-        raise DmaError("the client is gone")
-
-    device.write_guest = refuse  # type: ignore[assignment, method-assign]
+    qemu.table[:] = bytes(32)
+    qemu.takes_table = False
 
     async def story() -> None:
         await snapshots.job("snapshot-load", {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())

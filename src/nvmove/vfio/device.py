@@ -78,9 +78,6 @@ class Client(Protocol):
     def dma_read(self, address: int, length: int) -> bytes:
         """Read guest memory through the client (VFIO_USER_DMA_READ), in pieces as it allows."""
 
-    def dma_write(self, address: int, data: Buffer) -> None:
-        """Write guest memory through the client (VFIO_USER_DMA_WRITE); on return the client has written it."""
-
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         """Write runs of (address, data), in order; on return the client has answered for all of them."""
 

@@ -98,10 +98,6 @@ class DmaChannel:
         pieces = ((address + at, count, b"") for at, count in _pieces(length, size))
         return b"".join(exchange.data for exchange in self._exchange_all(Command.DMA_READ, pieces))
 
-    def dma_write(self, address: int, data: Buffer) -> None:
-        """Store `data` into guest memory; on return the client has it there. Raises DmaError."""
-        self.dma_write_all([(address, data)])
-
     def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
         """Store runs of (address, data) into guest memory, in order, several messages under way at once.
 

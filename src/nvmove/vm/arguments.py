@@ -26,6 +26,8 @@ from nvmove.vm.argv import Item
 from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
 
 QMP_CHARDEV = "nvmove-qmp"
+QTEST = "nvmove-qtest"
+"""Both the object and its chardev."""
 _REFUSED: Mapping[str, str] = {
     "daemonize": "nvmove serves the disk from the foreground; start it in the background with systemd-run or setsid",
     "preconfig": "not supported yet",
@@ -92,12 +94,13 @@ class _Lifting:
         items = _without_drives(items, used.values())
         lifted = monitors.lift(items, self.directory)
         items = memory.share(lifted.items)
-        qmp_socket = self.directory / "qmp"
-        socket = {"backend": "socket", "id": QMP_CHARDEV, "path": str(qmp_socket)}
+        qmp_socket, qtest_socket = self.directory / "qmp", self.directory / "qtest"
         own = [
             Item(("-S",), "S"),
-            Item.make("chardev", syntax.unparse(socket, "backend")),
+            _connected(QMP_CHARDEV, qmp_socket),
             Item.make("qmp", f"chardev:{QMP_CHARDEV}"),
+            _connected(QTEST, qtest_socket),
+            Item.make("object", f"qtest,id={QTEST},chardev={QTEST},log=none"),
         ]
         incoming = next((item.value for item in reversed(items) if item.name == "incoming"), None)
         if incoming is not None and any(item.name == "loadvm" for item in items):
@@ -112,6 +115,7 @@ class _Lifting:
             drives=self._planned_drives(parsed, devices, used),
             endpoints=lifted.endpoints,
             qmp_socket=qmp_socket,
+            qtest_socket=qtest_socket,
             paused="S" in names,
             loadvm=next((item.value for item in reversed(items) if item.name == "loadvm"), None),
             incoming=incoming,
@@ -221,6 +225,11 @@ class _Lifting:
             for controller, device in zip(parsed, devices, strict=True)
             for use in controller.drives
         )
+
+
+def _connected(ident: str, socket: Path) -> Item:
+    """Return the chardev by which QEMU connects to a socket of ours."""
+    return Item.make("chardev", syntax.unparse({"backend": "socket", "id": ident, "path": str(socket)}, "backend"))
 
 
 def _is_nvme(item: Item) -> bool:

@@ -7,12 +7,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nvmove.nvme.seams import DmaError
 from nvmove.vm import blockinfo
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.exports import current_nodes
 from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.pciaddress import ReplayError
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import RunState
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 
@@ -84,7 +83,7 @@ class Handlers:
     async def _hmp_snapshot(self, name: str, run: Any, _facade: Facade, arguments: str, _out: Out) -> str:
         try:
             return str(await run(f"{name} {arguments}".strip()))
-        except (SnapshotError, ReplayError, DmaError) as error:
+        except (SnapshotError, ReplayError) as error:
             raise QmpError("GenericError", str(error)) from None
 
     async def _hmp_delvm(self, facade: Facade, arguments: str, _out: Out) -> str:
@@ -97,7 +96,7 @@ class Handlers:
     async def _snapshot_job(self, name: str, _facade: Facade, arguments: dict[str, Any]) -> Any:
         try:
             return await self._snapshots.job(name, arguments, self._own_nodes)
-        except (SnapshotError, ReplayError, DmaError) as error:
+        except (SnapshotError, ReplayError) as error:
             raise QmpError("GenericError", str(error)) from None
 
     async def _query_jobs(self, facade: Facade, arguments: dict[str, Any]) -> Any:

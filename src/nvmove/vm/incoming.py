@@ -14,13 +14,12 @@ from typing import Any
 
 from nvmove.block.backend import BackendError
 from nvmove.errors import UserError
-from nvmove.nvme.seams import DmaError
 from nvmove.vm.capabilities import EVENTS, Capabilities, refuse
 from nvmove.vm.images import Images
 from nvmove.vm.machinestate import MachineState
 from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.pciaddress import ReplayError
 from nvmove.vm.plan import DEFER
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import IO_ERROR, RUNNING, RunState
 from nvmove.vm.snapshot import SavedDevice, Snapshots
 
@@ -80,7 +79,7 @@ class Incoming:
             try:
                 await self._capabilities.restore()  # before the VM runs: it may be sent on at once
                 await self._finish()
-            except (ReplayError, DmaError, QmpError) as error:
+            except (ReplayError, QmpError) as error:
                 raise UserError(f"the VM has arrived and cannot run here: {error}") from None
         if self._completion is not None and tells:
             self._facade.emit(self._completion)

@@ -28,7 +28,6 @@ from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
-from nvmove.nvme.seams import DmaError
 from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
@@ -46,14 +45,15 @@ from nvmove.vm.migration import Migration
 from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
 from nvmove.vm.nbdserver import NbdServer
 from nvmove.vm.ownimages import OwnImages
-from nvmove.vm.pciaddress import ReplayError
+from nvmove.vm.pciaddress import ConfigSpaces
 from nvmove.vm.plan import DRIVER, Plan, PlannedDrive
 from nvmove.vm.qemuerrors import ErrorRelay, Wording
+from nvmove.vm.qtest import QTest, ReplayError
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
 from nvmove.vm.slots import Slots
-from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.snapshot import SnapshotError, Snapshots, failure
 from nvmove.vm.stalls import Stalls
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.dbus_daemon import BusError
@@ -124,6 +124,9 @@ class Machine:
         await monitors.open()
         client = QemuClient()
         await client.start_server(str(self._plan.qmp_socket))
+        cpu = QTest()
+        self._cleanup.push_async_callback(cpu.close)
+        await cpu.listen(self._plan.qtest_socket)
         process = await self._start_qemu(bus)
         gc.freeze()  # what is here stays: a collection that looks at it stops all threads for 20 to 50 ms
         ended = asyncio.create_task(process.wait())
@@ -131,7 +134,7 @@ class Machine:
         self._cleanup.push_async_callback(_disconnect, client)
         try:
             with _said_first():
-                await _while_it_runs(ended, self._connect_and_set_up(client, monitors, bus))
+                await _while_it_runs(ended, self._connect_and_set_up(client, cpu, monitors, bus))
         except QemuGone:
             log.debug("QEMU ended while the VM was set up")  # its message is on stderr
         except UserError:
@@ -218,15 +221,19 @@ class Machine:
 
     # --- with QEMU ---------------------------------------------------------------------------------------------------
 
-    async def _connect_and_set_up(self, client: QemuClient, monitors: Monitors, bus: VMStateBus) -> None:
+    async def _connect_and_set_up(self, client: QemuClient, cpu: QTest, monitors: Monitors, bus: VMStateBus) -> None:
         try:
             await client.accept()
         except ConnectError as error:
             raise QemuGone("QEMU's monitor did not connect") from error
-        await self._set_up(client, monitors, bus)
+        await self._set_up(client, cpu, monitors, bus)
 
-    async def _set_up(self, client: QemuClient, monitors: Monitors, bus: VMStateBus) -> None:
+    async def _set_up(self, client: QemuClient, cpu: QTest, monitors: Monitors, bus: VMStateBus) -> None:
         facade = Facade(client)
+        try:
+            spaces = await ConfigSpaces.of_machine(cpu, facade.hmp, await facade.execute("query-pci"))
+        except ReplayError as error:
+            raise UserError(f"{error}: nvmove's disks could not be saved or moved there") from None
         own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
         images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)
@@ -237,7 +244,7 @@ class Machine:
         by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
         served = list(by_key.values())
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
-        snapshots = Snapshots(facade, runstate, self._devices, unsaveable, bus)
+        snapshots = Snapshots(facade, spaces, runstate, self._devices, unsaveable, bus)
         Handlers(facade, runstate, snapshots, served).register()
         BlockStats(facade, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
@@ -328,10 +335,12 @@ class Machine:
         """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""
         try:
             output = (await snapshots.load(f"loadvm {tag}")).strip()
-        except (SnapshotError, ReplayError, DmaError) as error:
-            output = str(error)
+        except (SnapshotError, ReplayError) as error:
+            raise UserError(str(error)) from None
+        if why := failure(output):
+            raise UserError(why)
         if output:
-            raise UserError(output.removeprefix("Error: "))
+            log.warning("%s", output)
 
 
 async def _node(facade: Facade, plan: PlannedDrive) -> str:

@@ -23,7 +23,7 @@ from nvmove.vm import migratetext
 from nvmove.vm.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities, refuse
 from nvmove.vm.images import Images
 from nvmove.vm.monitor import Facade, QemuGone, QmpError
-from nvmove.vm.pciaddress import ReplayError
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import MIGRATING, RunState
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.dbus_daemon import BusError

@@ -62,6 +62,8 @@ class Plan:
     endpoints: tuple[MonitorEndpoint, ...] = ()
     qmp_socket: Path = Path()
     """nvmove listens there before QEMU starts, and QEMU connects."""
+    qtest_socket: Path = Path()
+    """The same, for accesses to memory and ports as the guest's CPU makes them."""
     paused: bool = False
     """The user's own -S."""
     loadvm: str | None = None

@@ -60,8 +60,9 @@ def find(program: str) -> QemuProgram:
     found = QemuProgram(Path(path), version)
     if "socket" not in _properties(properties):
         raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the device vfio-user-pci")
-    if not re.search(r"^\s*dbus-vmstate\s*$", types, re.MULTILINE):
-        raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the object dbus-vmstate")
+    for needed in ("dbus-vmstate", "qtest"):
+        if needed not in types.split():
+            raise UserError(f"'{path}' (QEMU {found.version_text}) was built without the object {needed}")
     return found
 
 

@@ -1,18 +1,17 @@
 """PCI replay: what QEMU does not save of a vfio-user device, read before a save and put back after a load.
 
 After `loadvm` or an incoming migration QEMU has the function's configuration space as after reset, and its MSI-X
-table is empty. All of it is restored here on a stopped VM, with the accesses a guest would make.
+table is empty. All of it is restored here on a stopped VM, with the accesses a guest's CPU would make (vm/qtest.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from typing import Protocol
 
-from nvmove.vm.pciaddress import ConfigSpace, Hmp, PciAddress, ReplayError
+from nvmove.vm.pciaddress import ConfigSpace
+from nvmove.vm.qtest import ReplayError
 
 COMMAND = 0x04
 COMMAND_MASTER = 0x0004
@@ -53,9 +52,6 @@ class Replayed(Protocol):
     def msix_table(self) -> bytes:
         """The MSI-X table of the loaded state, 16 bytes a vector."""
 
-    def write_guest(self, address: int, data: bytes) -> None:
-        """DMA to a guest-physical address that need not be RAM; waits; raises DmaError."""
-
 
 def word(config: bytes, register: int) -> int:
     """Return the 16-bit register of a configuration space image."""
@@ -67,12 +63,7 @@ def bar0_address(config: bytes) -> int:
     return int.from_bytes(config[BAR0 : BAR0 + 8], "little") & ~0xF
 
 
-def _words(output: str) -> Iterable[int]:
-    for line in output.splitlines():
-        yield from (int(value, 16) for value in re.findall(r"0x[0-9a-f]+", line.partition(":")[2]))
-
-
-async def read_msix_table(hmp: Hmp, address: PciAddress, config: bytes, table_offset: int) -> bytes:
+async def read_msix_table(space: ConfigSpace, config: bytes, table_offset: int) -> bytes:
     """Read the function's MSI-X table out of QEMU, 16 bytes a vector, and lower its INTx pin; raise ReplayError.
 
     The table answers only while the function decodes memory, so COMMAND's memory bit is set for the moment where the
@@ -83,24 +74,20 @@ async def read_msix_table(hmp: Hmp, address: PciAddress, config: bytes, table_of
     command = word(config, COMMAND)
     if not bar:
         return (bytes(12) + b"\x01\0\0\0") * vectors
-    space = ConfigSpace(hmp, address)
+    await space.check(config)
     hidden = not command & 0x2
     if hidden:
-        await space.write16(COMMAND, command | 0x2)
+        await space.write(COMMAND, 2, command | 0x2)
     try:
         if not word(config, MSIX_CONTROL) & MSIX_ENABLE and not command & COMMAND_INTX_DISABLE:
-            await _lower_intx(hmp, bar)
-        count = vectors * MSIX_ENTRY // 4
-        values = list(_words(await hmp(f"xp /{count}xw {bar + table_offset:#x}")))
+            await _lower_intx(space, bar)
+        return await space.cpu.read_bytes(bar + table_offset, vectors * MSIX_ENTRY)
     finally:
         if hidden:
-            await space.write16(COMMAND, command)
-    if len(values) != count:
-        raise ReplayError(f"QEMU printed {len(values)} of the {count} words of the MSI-X table")
-    return b"".join(value.to_bytes(4, "little") for value in values)
+            await space.write(COMMAND, 2, command)
 
 
-async def _lower_intx(hmp: Hmp, bar: int) -> None:
+async def _lower_intx(space: ConfigSpace, bar: int) -> None:
     """Make QEMU lower the function's INTx pin; the device is paused, so it stays low.
 
     QEMU saves how many devices pull each line of the bus, but not that ours is one of them: a line that is up in the
@@ -108,11 +95,11 @@ async def _lower_intx(hmp: Hmp, bar: int) -> None:
     second one is for a signal that it had not looked at before the first.
     """
     for _ in range(2):
-        await hmp(f"xp /1xw {bar:#x}")
+        await space.cpu.read(bar, 4)
 
 
 @contextlib.asynccontextmanager
-async def bus_master(hmp: Hmp, address: PciAddress, config: bytes) -> AsyncIterator[None]:
+async def bus_master(space: ConfigSpace, config: bytes) -> AsyncIterator[None]:
     """Let the function write to guest memory in the body, though its guest may have switched that off: VM stopped.
 
     A driver that was unbound, or a guest that boots anew, has left pages written before that.
@@ -121,32 +108,38 @@ async def bus_master(hmp: Hmp, address: PciAddress, config: bytes) -> AsyncItera
     if command & COMMAND_MASTER:
         yield
         return
-    space = ConfigSpace(hmp, address)
-    await space.write16(COMMAND, command | COMMAND_MASTER)
+    await space.write(COMMAND, 2, command | COMMAND_MASTER)
     try:
         yield
     finally:
-        await space.write16(COMMAND, command)
+        await space.write(COMMAND, 2, command)
 
 
-async def replay(hmp: Hmp, address: PciAddress, device: Replayed) -> None:
-    """Give QEMU back what `device` saved of BARs, COMMAND and MSI-X; the VM is stopped. Raises ReplayError, DmaError.
+async def replay(space: ConfigSpace, device: Replayed) -> None:
+    """Give QEMU back what `device` saved of BARs, COMMAND and MSI-X; the VM is stopped. Raises ReplayError.
 
     QEMU answers with SET_IRQS for each vector in use.
     """
     config = device.pci_config
-    space = ConfigSpace(hmp, address)
+    if not bar0_address(config):
+        await _registers(space, config)
+        await space.write(MSIX_CONTROL, 2, word(config, MSIX_CONTROL))
+        await space.write(COMMAND, 2, word(config, COMMAND))
+        return
+    await space.check(config)
+    await _registers(space, config)
     control = word(config, MSIX_CONTROL)
-    await space.write32(BAR0, int.from_bytes(config[BAR0 : BAR0 + 4], "little"))
-    await space.write32(BAR0 + 4, int.from_bytes(config[BAR0 + 4 : BAR0 + 8], "little"))
-    for register, size in OTHER_REGISTERS:
-        value = int.from_bytes(config[register : register + size], "little")
-        await (space.write8 if size == 1 else space.write16)(register, value)
-    if bar0_address(config):
-        await space.write16(COMMAND, word(config, COMMAND) | COMMAND_MEMORY_AND_MASTER)
-        if control & MSIX_ENABLE:
-            await space.write16(MSIX_CONTROL, control | MSIX_FUNCTION_MASK)
-        table_address = bar0_address(config) + device.msix_table_offset
-        await asyncio.to_thread(device.write_guest, table_address, device.msix_table)
-    await space.write16(MSIX_CONTROL, control)
-    await space.write16(COMMAND, word(config, COMMAND))
+    await space.write(COMMAND, 2, word(config, COMMAND) | COMMAND_MEMORY_AND_MASTER)
+    if control & MSIX_ENABLE:
+        await space.write(MSIX_CONTROL, 2, control | MSIX_FUNCTION_MASK)
+    table_address = bar0_address(config) + device.msix_table_offset
+    await space.cpu.write_bytes(table_address, device.msix_table)
+    if await space.cpu.read_bytes(table_address, len(device.msix_table)) != device.msix_table:
+        raise ReplayError("the MSI-X table was written and does not hold what was written")
+    await space.write(MSIX_CONTROL, 2, control)
+    await space.write(COMMAND, 2, word(config, COMMAND))
+
+
+async def _registers(space: ConfigSpace, config: bytes) -> None:
+    for register, size in ((BAR0, 4), (BAR0 + 4, 4), *OTHER_REGISTERS):
+        await space.write(register, size, int.from_bytes(config[register : register + size], "little"))

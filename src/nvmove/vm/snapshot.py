@@ -12,8 +12,8 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
-from nvmove.nvme.seams import DmaError
-from nvmove.vm.pciaddress import ReplayError, find
+from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, find
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.replay import Replayed, bus_master, read_msix_table, replay
 from nvmove.vm.runstate import Held, Monitor, Paused, RunState
 from nvmove.vmstate.bus import check_size
@@ -64,18 +64,29 @@ class SnapshotError(Exception):
     """A snapshot that cannot be made or loaded: QEMU's message, or ours in its place."""
 
 
+def failure(output: str) -> str:
+    """Return why an HMP command has failed by its output, in QEMU's words; empty when it has not.
+
+    There may be lines before: warnings, and what QEMU's devices have to say.
+    """
+    found = re.search(r"^Error: (.*)", output, re.MULTILINE | re.DOTALL)
+    return found[1].strip() if found else ""
+
+
 class Snapshots:
     """Saves and loads the VM with its nvmove devices."""
 
     def __init__(
         self,
         monitor: HmpMonitor,
+        spaces: ConfigSpaces,
         runstate: RunState,
         devices: Sequence[SavedDevice],
         unsaveable: Sequence[str],
         refuser: Refuser,
     ) -> None:
         self._monitor = monitor
+        self._spaces = spaces
         self._runstate = runstate
         self._devices = devices
         self._unsaveable = unsaveable
@@ -101,12 +112,8 @@ class Snapshots:
 
         Raises SnapshotError where QEMU would not carry a device's state: it would only log it, and save without.
         """
-        pci = await self._monitor.execute("query-pci")
-        for device in self._devices:
-            table = await read_msix_table(
-                self._monitor.hmp, find(pci, device.id), device.pci_config, device.msix_table_offset
-            )
-            device.keep_msix_table(table)
+        async for device, space in self._functions():
+            device.keep_msix_table(await read_msix_table(space, device.pci_config, device.msix_table_offset))
         try:
             for device in self._devices:
                 check_size(device.id, await asyncio.to_thread(device.save))
@@ -116,18 +123,21 @@ class Snapshots:
     @contextlib.asynccontextmanager
     async def bus_masters(self) -> AsyncIterator[None]:
         """Let every device write to guest memory in the body; the VM is stopped."""
-        pci = await self._monitor.execute("query-pci")
         async with contextlib.AsyncExitStack() as stack:
-            for device in self._devices:
-                where = find(pci, device.id)
-                await stack.enter_async_context(bus_master(self._monitor.hmp, where, device.pci_config))
+            async for device, space in self._functions():
+                await stack.enter_async_context(bus_master(space, device.pci_config))
             yield
 
     async def after_load(self) -> None:
         """Give QEMU the devices' PCI state back; the VM is stopped."""
+        async for device, space in self._functions():
+            await replay(space, device)
+
+    async def _functions(self) -> AsyncIterator[tuple[SavedDevice, ConfigSpace]]:
+        """The devices, each with its configuration space where the guest has put it by now."""
         pci = await self._monitor.execute("query-pci")
         for device in self._devices:
-            await replay(self._monitor.hmp, find(pci, device.id), device)
+            yield device, ConfigSpace(self._spaces, find(pci, device.id))
 
     async def save(self, line: str) -> str:
         """Run the HMP command `savevm …`; return its output."""
@@ -138,7 +148,7 @@ class Snapshots:
             return await self._monitor.hmp(line)
 
     async def load(self, line: str) -> str:
-        """Run the HMP command `loadvm …`; return its output, which is empty when all went well.
+        """Run the HMP command `loadvm …`; return its output, in which `failure` finds whether all went well.
 
         A load that failed half-way leaves the VM stopped, as QEMU does; one that touched nothing lets it run on.
         """
@@ -147,7 +157,7 @@ class Snapshots:
         async with self._runstate.held(for_load=True) as held:
             mark = self._begin_load()
             output = await self._monitor.hmp(line)
-            await self._finish_load(held, mark, failed=bool(output.strip()))
+            await self._finish_load(held, mark, failed=bool(failure(output)))
             if why := self._why(output):
                 raise SnapshotError(why)
             return output
@@ -226,7 +236,7 @@ class Snapshots:
                 if why := self._why(said):
                     self._errors[job_id] = why
                 await self._finish_load(held, mark, failed=bool(said))
-        except (SnapshotError, ReplayError, DmaError) as error:
+        except (SnapshotError, ReplayError) as error:
             held.run_on = False
             self._errors[job_id] = str(error)
         finally:

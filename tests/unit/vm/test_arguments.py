@@ -18,7 +18,10 @@ from nvmove.vm.endpoints import MonitorMode, StdioAddress, UnixAddress
 from nvmove.vm.plan import Plan
 
 RUN = Path("/run/x")
-TAIL = "-S -chardev socket,id=nvmove-qmp,path=/run/x/qmp -qmp chardev:nvmove-qmp"
+TAIL = (
+    "-S -chardev socket,id=nvmove-qmp,path=/run/x/qmp -qmp chardev:nvmove-qmp "
+    "-chardev socket,id=nvmove-qtest,path=/run/x/qtest -object qtest,id=nvmove-qtest,chardev=nvmove-qtest,log=none"
+)
 RAM = "-object memory-backend-memfd,id=nvmove-ram,size=134217728,share=on -machine memory-backend=nvmove-ram"
 VIRTFS = "-virtfs must stand before it, so that the PCI devices keep their addresses"
 RAW = "-drive if=none,id=d0,file=disk.img,format=raw"

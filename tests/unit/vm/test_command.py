@@ -152,7 +152,7 @@ def test_a_refusal_imports_nothing_that_only_a_vm_needs(tmp_path: Path) -> None:
     """By name: what takes long to import is what a VM needs (`-X importtime`), half a second on a slow machine."""
     fake = tmp_path / "qemu"
     fake.write_text(
-        "#!/bin/sh\necho 'QEMU emulator version 11.1.3'; echo '  socket=<SocketAddress>'; echo dbus-vmstate\n"
+        "#!/bin/sh\necho 'QEMU emulator version 11.1.3'; echo '  socket=<SocketAddress>'; echo dbus-vmstate qtest\n"
     )
     fake.chmod(0o755)
     script = f"""

@@ -11,11 +11,10 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 from tests.nvme_guest import Disk
 
 from nvmove.block.config import DriveConfig
-from nvmove.nvme.seams import DmaError
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.handlers import Handlers
 from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.pciaddress import ReplayError
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import RunState
 from nvmove.vm.snapshot import SnapshotError, Snapshots
 
@@ -154,7 +153,7 @@ def test_snapshots_by_hmp_print_what_qemu_prints(line: str) -> None:
     with_bench(test)
 
 
-ERRORS = [SnapshotError("no room"), ReplayError("no function"), DmaError("no memory")]
+ERRORS = [SnapshotError("no room"), ReplayError("no function")]
 
 
 @pytest.mark.parametrize("error", ERRORS)

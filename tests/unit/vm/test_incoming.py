@@ -11,13 +11,13 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.block.backend import BackendError
 from nvmove.errors import UserError
-from nvmove.nvme.seams import DmaError
 from nvmove.vm.capabilities import EVENTS, Capabilities
 from nvmove.vm.images import Images
 from nvmove.vm.incoming import Incoming
 from nvmove.vm.iostatus import IoStatus
 from nvmove.vm.machinestate import MachineState
 from nvmove.vm.monitor import Facade, QmpError
+from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import RunState
 from nvmove.vm.snapshot import SavedDevice, Snapshots
 
@@ -206,7 +206,7 @@ def test_a_vm_without_our_device_is_refused() -> None:
 
 def test_what_cannot_be_given_back_ends_it_in_one_line() -> None:
     async def test(bench: Bench) -> None:
-        bench.error = DmaError("no client is connected")
+        bench.error = ReplayError("no client is connected")
         with pytest.raises(UserError, match=r"^the VM has arrived and cannot run here: no client is connected$"):
             await bench.arrive("running")
 

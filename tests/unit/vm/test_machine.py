@@ -58,7 +58,7 @@ def run(vm: FakeVm, meanwhile: Callable[[], Awaitable[Any]] | None = None, fault
         assert left == []
         assert set(os.listdir("/proc/self/fd")) <= descriptors
         sockets = {path.name for path in vm.directory.iterdir() if path.is_socket()}
-        assert sockets <= {"qmp"}, "only what goes with the run directory"
+        assert sockets <= {"qmp", "qtest"}, "only what goes with the run directory"
         assert vm.process is None or not vm.process.running
 
 
@@ -84,7 +84,8 @@ def test_qemu_gets_its_arguments_and_the_way_to_the_devices_state(vm: FakeVm) ->
     assert run(vm, meanwhile) == 7
     state = ["-object", "dbus-vmstate,id=nvmove,addr=unix:path=/a,,b"]
     assert vm.qemu.arguments == ["-M", "q35", "-S", *state]
-    assert vm.qemu.executed == ["qmp_capabilities", "qom-get", "qom-get", "qom-get", "cont"]  # the slot is closed
+    slot = ["qom-get", "qom-get", "qom-get"]  # it is closed
+    assert vm.qemu.executed == ["qmp_capabilities", "query-pci", "human-monitor-command", *slot, "cont"]
     assert vm.bus.idents == ["nvmove/nv0", "nvmove-vm"]
     assert vm.bus.closed
 

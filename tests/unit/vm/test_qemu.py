@@ -31,7 +31,7 @@ def fake(
         case "$1 $2" in
         --version*) echo '{version}';;
         "-device vfio-user-pci,help") {device};;
-        "-object help") echo 'List of user creatable objects:'; echo '  {more or "dbus-vmstate"}';;
+        "-object help") echo 'List of user creatable objects:'; echo '  {more or "dbus-vmstate"}'; echo '  qtest';;
         esac
         """
     )
