@@ -71,6 +71,7 @@ class FakeProcess:
             "query-status": self._query_status,
             "query-block": [],
             "object-add": {},
+            "query-named-block-nodes": [],
             "qom-get": self._qom_get,
             "query-pci": [{"bus": 0, "devices": [HOST_BRIDGE]}],
             "nbd-server-start": {},

@@ -282,6 +282,12 @@ class NvmeDevice:
             (found,) = (one.counters for one in self.controller.namespaces if one.config.drive == drive)
             return found.copy()
 
+    def set_cluster_size(self, drive: str, size: int) -> None:
+        """Tell the namespaces of a drive how many bytes its image allocates at once; before the guest looks."""
+        for namespace in self.controller.namespaces:
+            if namespace.config.drive == drive:
+                namespace.cluster_size = size
+
     def refresh(self, drive: str | None = None) -> None:
         """The back ends, or one, were opened or changed size: the namespaces look at it again, the guest is told."""
         for namespace in self.controller.namespaces:

@@ -148,7 +148,9 @@ class Machine(RuleBasedStateMachine):
         done = self.admin(Admin.CREATE_SQ, prp1=address, cdw10=size - 1 << 16 | sqid, cdw11=cqid << 16 | 1)
         if done is None:
             return
-        if cqid not in self.host.cqs:
+        if cqid == 0:
+            assert done.status == Status.INVALID_QID
+        elif cqid not in self.host.cqs:
             assert done.status == Status.INVALID_CQ
         elif sqid in self.host.rings:
             assert done.status == Status.INVALID_QID

@@ -46,7 +46,8 @@ def test_a_cq_that_cannot_be_created(arguments: dict[str, int], status: Status) 
     [
         ({"sqid": 0, "cqid": 1}, Status.INVALID_QID),
         ({"sqid": 65, "cqid": 1}, Status.INVALID_QID),
-        ({"sqid": 1, "cqid": 0}, Status.INVALID_CQ),
+        ({"sqid": 1, "cqid": 0}, Status.INVALID_QID),
+        ({"sqid": 1, "cqid": 65}, Status.INVALID_QID),
         ({"sqid": 1, "cqid": 2}, Status.INVALID_CQ),
         ({"sqid": 1, "cqid": 1, "size": 1}, Status.INVALID_QUEUE_SIZE),
         ({"sqid": 1, "cqid": 1, "size": 2049}, Status.INVALID_QUEUE_SIZE),

@@ -562,3 +562,15 @@ def test_a_host_may_consume_a_completion_before_it_is_signalled() -> None:
     ram.host = None
     host.submit(0, Admin.ASYNC_EVENT_REQUEST)
     assert events(host) == []
+
+
+def test_the_entry_sizes_may_be_set_after_enabling_as_long_as_there_is_no_io_queue() -> None:
+    """Base 3.1.3.5: they are required before the first I/O queue is created."""
+    host = Host()
+    host.enable(cc=CC & 0x70)
+    assert host.create_cq(1).status == Status.INVALID_QUEUE_SIZE
+    host.set(Register.CC, CC | 1)
+    assert host.get(Register.CC) == CC | 1
+    assert host.create_cq(1).status == Status.SUCCESS
+    host.set(Register.CC, CC & 0x70 | 1)
+    assert host.get(Register.CC) == CC | 1

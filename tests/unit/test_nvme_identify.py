@@ -86,8 +86,23 @@ def test_the_namespace_is_qemus_but_for_the_known_differences() -> None:
 
 
 def test_the_nvm_command_sets_own_structures_are_qemus() -> None:
-    assert differences(identify.nvm_controller_data(ControllerConfig(serial="S1")), image(QEMU_NVM_CONTROLLER)) == {}
+    ours = identify.nvm_controller_data(ControllerConfig(serial="S1"), 512)
+    assert differences(ours, image(QEMU_NVM_CONTROLLER)) == {}
     assert differences(identify.nvm_namespace_data(qemu_like()), image(QEMU_NVM_NAMESPACE)) == {}
+
+
+@pytest.mark.parametrize(("block_size", "blocks"), [(512, 4194303), (4096, 524287)])
+def test_the_largest_range_of_a_deallocation_is_qemus_in_blocks(block_size: int, blocks: int) -> None:
+    data = identify.nvm_controller_data(ControllerConfig(serial="S1"), block_size)
+    assert struct.unpack_from("<IQ", data, 4) == (blocks, 255 * blocks)
+
+
+def test_what_is_deallocated_together_is_at_least_a_cluster_of_the_image() -> None:
+    namespace = qemu_like()
+    namespace.cluster_size = 65536
+    granularity = 65536 >> namespace.block_shift
+    assert struct.unpack_from("<HH", identify.namespace_data(namespace), 68) == (granularity - 1, granularity - 1)
+    assert struct.unpack_from("<I", identify.nvm_namespace_data(namespace), 268) == (granularity,)
 
 
 def test_intel_ids() -> None:

@@ -62,7 +62,9 @@ def _create_sq(controller: Controller, command: Command) -> None:
     with controller.lock:
         _check_current(command)
         cq = controller.cqs.get(cqid)
-        if cq is None or cqid == 0:
+        if cqid == 0 or cqid > controller.config.max_ioqpairs:
+            raise CommandError(Status.INVALID_QID, location=CDW11 + 2)
+        if cq is None:
             raise CommandError(Status.INVALID_CQ, location=CDW11 + 2)
         _check_id(controller, sqid, sqid in controller.sqs)
         _check_size(controller, size, field(controller.registers.cc, CC_IOSQES), SQE_SIZE)

@@ -42,6 +42,8 @@ from nvmove.nvme.runner import Runner
 from nvmove.nvme.seams import Engine, Interrupts, Memory
 from nvmove.nvme.spec import (
     CC_EN,
+    CC_IOCQES,
+    CC_IOSQES,
     CC_SHN,
     CC_WRITABLE,
     CSTS_CFS,
@@ -194,8 +196,10 @@ class Controller:
     def _write_cc(self, value: int) -> list[Callback]:
         registers = self.registers
         was_enabled, had_shutdown = registers.enabled, registers.shutdown_notification
-        if was_enabled and value & CC_EN:  # all but the shutdown notification is fixed while enabled
-            value = registers.cc & ~CC_SHN | value & CC_SHN
+        if was_enabled and value & CC_EN:  # else fixed while enabled; entry sizes until they are used (Base 3.1.3.5)
+            has_io_queues = len(self.cqs) + len(self.sqs) > 2
+            free = CC_SHN if has_io_queues else CC_SHN | CC_IOSQES | CC_IOCQES
+            value = registers.cc & ~free | value & free
         registers.cc = value
         after: list[Callback] = []
         if was_enabled and not registers.enabled:

@@ -81,8 +81,8 @@ MAX_POWER, ENTRY_LATENCY, EXIT_LATENCY = 2500, 16, 4
 """Power state 0: 25 W in units of 10 mW, microseconds."""
 
 DSM_MAX_RANGES = 255
-DSM_MAX_RANGE_BLOCKS = (1 << 31) // 512 - 1
-"""DMRL and DMRSL: what QEMU's nvme recommends. Larger requests are served too."""
+DSM_MAX_RANGE_BYTES = (1 << 31) - 512
+"""DMRL, and what DMRSL is in the largest blocks of all namespaces: QEMU's. Larger requests are served too."""
 
 
 def _text(value: str, size: int) -> bytes:
@@ -178,11 +178,15 @@ def nvm_namespace_data(namespace: Namespace) -> bytes:
     return bytes(data)
 
 
-def nvm_controller_data(config: ControllerConfig) -> bytes:
-    """Return the NVM command set's Identify Controller data structure (CNS 06h, NVM figure 102)."""
-    return struct.pack(
-        "<BBBBIQ", config.vsl, 0, 0, DSM_MAX_RANGES, DSM_MAX_RANGE_BLOCKS, DSM_MAX_RANGES * DSM_MAX_RANGE_BLOCKS
-    ).ljust(IDENTIFY_SIZE, b"\0")
+def nvm_controller_data(config: ControllerConfig, block_size: int) -> bytes:
+    """Return the NVM command set's Identify Controller data structure (CNS 06h, NVM figure 102).
+
+    `block_size`: the largest of its namespaces, in bytes.
+    """
+    blocks = DSM_MAX_RANGE_BYTES // block_size
+    return struct.pack("<BBBBIQ", config.vsl, 0, 0, DSM_MAX_RANGES, blocks, DSM_MAX_RANGES * blocks).ljust(
+        IDENTIFY_SIZE, b"\0"
+    )
 
 
 def descriptors(namespace: Namespace) -> bytes:
@@ -223,7 +227,8 @@ def _controller(controller: Controller, _command: Command) -> bytes:
 
 
 def _nvm_controller(controller: Controller, _command: Command) -> bytes:
-    return nvm_controller_data(controller.config)
+    largest = max((namespace.block_size for namespace in controller.namespaces.active), default=512)
+    return nvm_controller_data(controller.config, largest)
 
 
 def _of_namespace(structure: Callable[[Namespace], bytes], *, active: bool) -> Callable[[Controller, Command], bytes]:

@@ -46,6 +46,8 @@ class Namespace:
         self.attached = not config.detached
         self.error_recovery = 0
         """Feature 05h: dword 11 as the guest set it."""
+        self.cluster_size = 0
+        """Bytes that the image allocates at once, where that is known: qcow2's clusters."""
         self.counters = Counters()
         self.formatting = False
         """A Format NVM is under way; it ends before a save."""
@@ -72,8 +74,9 @@ class Namespace:
 
     @property
     def discard_granularity(self) -> int:
-        """Bytes that should be deallocated together, never less than a block."""
-        return max(self.config.discard_granularity or DEFAULT_DISCARD_GRANULARITY, self.block_size)
+        """Bytes that should be deallocated together, never less than a block or, as with QEMU's, a cluster."""
+        wanted = self.config.discard_granularity or DEFAULT_DISCARD_GRANULARITY
+        return max(wanted, self.block_size, self.cluster_size)
 
     def byte_range(self, lba: int, blocks: int) -> tuple[int, int]:
         """Return offset and length in bytes of `blocks` blocks from `lba`; raise CommandError outside the namespace."""

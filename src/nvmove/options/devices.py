@@ -79,8 +79,8 @@ def parse_controllers(devices: Iterable[Option], firmware: str = "") -> list[Par
             controllers.append(_controller(option, values, firmware))
             owner = controllers[-1]
             if drive:
-                # QEMU leaves what only nvme-ns can set at zero in this namespace
-                fields: dict[str, object] = {"nsid": 1, "mssrl": 0, "mcl": 0, "msrc": 0, "shared": False}
+                # QEMU leaves the limits of Copy at zero, and then refuses every one (docs/reference/differences.md)
+                fields: dict[str, object] = {"nsid": 1, "shared": False}
                 owner.namespaces.append(_namespace(values, drive, uuid.UUID(int=0), fields))
         else:
             owner = _owner(option, values.text("bus"), controllers)

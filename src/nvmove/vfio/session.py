@@ -112,8 +112,8 @@ class Session:
                 raise RequestError(errno.ENOTSUP, f"command {header.command} is not known")
             if self._channel is None and header.command not in _BEFORE_VERSION:
                 raise RequestError(errno.EINVAL, f"{Command(header.command).name} before VERSION")
-            if fds and header.command not in _WITH_DESCRIPTORS:
-                raise RequestError(errno.EINVAL, f"{Command(header.command).name} with descriptors")
+            if header.command not in _WITH_DESCRIPTORS:
+                _close(fds)  # SPDK's client sends memory's descriptor with DMA_UNMAP too
             return handler(header, payload, fds)
         finally:
             _close(fds)  # what the handler did not take; before the answer, so that a client can rely on it
@@ -146,9 +146,7 @@ class Session:
 
     def _dma_map(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         request = message.parse_dma_map(payload)
-        if len(fds) > 1:
-            raise RequestError(errno.EINVAL, f"DMA_MAP with {len(fds)} descriptors")
-        fd = fds.pop() if fds else None
+        fd = fds.pop(0) if fds else None
         self._device.map_dma(request.address, request.size, fd, request.offset, request.readable, request.writable)
         return b""
 

@@ -68,6 +68,12 @@ async def current_nodes(monitor: Monitor) -> dict[str, str]:
     return {found["id"]: found["node-name"] for found in await monitor.execute("query-block-exports")}
 
 
+async def cluster_sizes(monitor: Monitor) -> dict[str, int]:
+    """Return how many bytes nodes allocate at once, by their names, where their formats have such a size."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return {node["node-name"]: node["image"]["cluster-size"] for node in nodes if "cluster-size" in node["image"]}
+
+
 async def current_node(monitor: Monitor, export: Export) -> str:
     """Return the node that `export` is on now."""
     return (await current_nodes(monitor)).get(export.name, export.node)

@@ -33,7 +33,7 @@ from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
 from nvmove.vm.blockstats import BlockStats
 from nvmove.vm.capabilities import Capabilities
-from nvmove.vm.exports import Export, open_exports
+from nvmove.vm.exports import Export, cluster_sizes, open_exports
 from nvmove.vm.faults import FaultCommands
 from nvmove.vm.handlers import Handlers
 from nvmove.vm.images import Image, Images
@@ -301,8 +301,11 @@ class Machine:
             waiting = late[key].late
             assert waiting is not None
             waiting.open(backend)
+        clusters = await cluster_sizes(facade) if exports else {}
         for device in self._devices:
             device.refresh()
+            for export in exports:
+                device.set_cluster_size(export.drive, clusters.get(export.node, 0))
         return {export.drive: export for export in exports}
 
     def _disk(self, key: str, drive: _Drive, exports: dict[str, Export]) -> Disk:

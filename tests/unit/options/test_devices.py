@@ -32,9 +32,9 @@ def test_names_and_defaults_are_qemus() -> None:
     assert config.namespaces[0].logical_block_size == 512
 
 
-def test_the_implied_namespace_has_zeroes_where_only_nvme_ns_has_properties() -> None:
+def test_the_implied_namespace_has_the_defaults_of_nvme_ns_where_only_that_has_properties() -> None:
     namespace = controllers("nvme,serial=S1,drive=d0")[0].namespaces[0]
-    assert (namespace.mssrl, namespace.mcl, namespace.msrc, namespace.shared) == (0, 0, 0, False)
+    assert (namespace.mssrl, namespace.mcl, namespace.msrc, namespace.shared) == (128, 128, 127, False)
     assert namespace.uuid == uuid.UUID(int=0)
 
 
