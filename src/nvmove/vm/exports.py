@@ -58,7 +58,7 @@ async def add_export(monitor: Monitor, export: Export, node: str | None = None) 
             "name": export.name,
             "writable": export.writable,
             "allow-inactive": True,
-            **({"iothread": export.iothread, "fixed-iothread": False} if export.iothread else {}),
+            **({"iothread": export.iothread, "fixed-iothread": True} if export.iothread else {}),
         },
     )
 
