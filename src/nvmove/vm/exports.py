@@ -10,6 +10,7 @@ unmap), and the device for the disk, which must not need that loop then.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from nvmove.block.config import OpenOptions
 from nvmove.block.nbd import open_nbd
 from nvmove.vm.monitor import QmpError
 from nvmove.vm.runstate import Monitor
+
+log = logging.getLogger(__name__)
 
 REMOVE_SECONDS = 10.0
 """How long QEMU may take to end an export's connections."""
@@ -47,20 +50,26 @@ class Export:
 async def add_export(monitor: Monitor, export: Export, node: str | None = None) -> None:
     """Make QEMU's NBD server, which runs, offer `export`, on another node when one is given.
 
-    A node that something else keeps in another thread stays there.
+    The node is to stay in the export's thread: a block job that may move it back to the main loop for its own sake
+    does, and fails an assertion of QEMU's (11.1.3). Where something else keeps it in another thread, it stays there.
     """
-    await monitor.execute(
-        "block-export-add",
-        {
-            "type": "nbd",
-            "id": export.name,
-            "node-name": node or export.node,
-            "name": export.name,
-            "writable": export.writable,
-            "allow-inactive": True,
-            **({"iothread": export.iothread, "fixed-iothread": False} if export.iothread else {}),
-        },
-    )
+    arguments = {
+        "type": "nbd",
+        "id": export.name,
+        "node-name": node or export.node,
+        "name": export.name,
+        "writable": export.writable,
+        "allow-inactive": True,
+    }
+    if export.iothread:
+        try:
+            await monitor.execute(
+                "block-export-add", {**arguments, "iothread": export.iothread, "fixed-iothread": True}
+            )
+            return
+        except QmpError as error:
+            log.debug("%s is not exported from %s: %s", export.node, export.iothread, error)
+    await monitor.execute("block-export-add", arguments)
 
 
 async def current_nodes(monitor: Monitor) -> dict[str, str]:

@@ -74,7 +74,20 @@ def test_an_export_and_its_node_get_the_iothread_that_is_made_for_them(opened: d
     asyncio.run(open_exports(monitor, SOCKET, [Export("d0", "n0", True, "secret0", "nvmove-io0")]))
     (_, made), (_, added) = monitor.log[1:]
     assert made == {"qom-type": "iothread", "id": "nvmove-io0"}
-    assert (added["iothread"], added["fixed-iothread"]) == ("nvmove-io0", False)
+    assert (added["iothread"], added["fixed-iothread"]) == ("nvmove-io0", True)
+
+
+def test_a_node_that_is_kept_in_another_thread_is_exported_from_there(opened: dict[str, Closed]) -> None:
+    class Elsewhere(FakeMonitor):
+        async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+            await super().execute(name, arguments)
+            if arguments is not None and "iothread" in arguments:
+                raise QmpError("GenericError", "Cannot change iothread of active block backend")
+
+    monitor = Elsewhere()
+    asyncio.run(open_exports(monitor, SOCKET, [Export("d0", "n0", True, "secret0", "nvmove-io0")]))
+    assert list(opened) == ["nbd+unix:///secret0?socket=/run/nbd"]
+    assert [name for name, _ in monitor.log][2:] == ["block-export-add"] * 2
 
 
 def test_when_one_is_refused_the_others_are_closed(opened: dict[str, Closed]) -> None:
