@@ -162,3 +162,8 @@ def test_qemu_takes_what_it_gets(program: QemuProgram, drive: str, tmp_path: Pat
                 assert process.wait(60) == 0
             finally:
                 process.kill()
+
+
+def test_qemu_tells_what_a_machine_type_has_of_nvme(program: QemuProgram) -> None:
+    assert program.compat_properties("pc-q35-6.1")["nvme-ns"] == {"eui64-default": "on", "shared": "off"}
+    assert "nvme-ns" not in program.compat_properties("pc-q35-9.2")

@@ -57,6 +57,10 @@ class ParsedController:
         return msgspec.structs.replace(self.config, namespaces=namespaces)
 
 
+EUI64_DEFAULT = 0x5254_0000_0000_0000
+"""With `eui64-default`: the EUI-64 of QEMU's namespaces, less their number in the order of creation, from 1."""
+
+
 def is_nvme(option: Option) -> bool:
     """Whether a `-device` is one that nvmove takes over (or refuses)."""
     return option.values.get("driver") in ("nvme", "nvme-ns", "nvme-subsys")
@@ -86,7 +90,8 @@ def parse_controllers(devices: Iterable[Option], firmware: str = "") -> list[Par
             owner = _owner(option, values.text("bus"), controllers)
             if not drive:
                 raise option.error("block backend not configured")
-            owner.namespaces.append(_attached(option, values, drive, owner.namespaces))
+            created = sum(len(controller.namespaces) for controller in controllers)
+            owner.namespaces.append(_attached(option, values, drive, owner.namespaces, EUI64_DEFAULT + created + 1))
         if not drive:
             continue
         if drive in used:
@@ -168,7 +173,9 @@ def _owner(option: Option, bus: str, controllers: Sequence[ParsedController]) ->
     raise option.error(f"Bus '{bus}' not found")
 
 
-def _attached(option: Option, values: Values, drive: str, others: Sequence[NamespaceConfig]) -> NamespaceConfig:
+def _attached(
+    option: Option, values: Values, drive: str, others: Sequence[NamespaceConfig], eui64: int
+) -> NamespaceConfig:
     nsid = values.number("nsid")
     if nsid > MAX_NAMESPACES:
         raise option.error(f"invalid namespace id (must be between 0 and {MAX_NAMESPACES})")
@@ -182,7 +189,7 @@ def _attached(option: Option, values: Values, drive: str, others: Sequence[Names
     fields: dict[str, object] = {
         "nsid": nsid,
         "nguid": _nguid(option, values.text("nguid")),
-        "eui64": values.number("eui64"),
+        "eui64": values.number("eui64") or (eui64 if values.switch("eui64-default") else 0),
         "mssrl": values.number("mssrl"),
         "mcl": values.number("mcl"),
         "msrc": values.number("msrc"),

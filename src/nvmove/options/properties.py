@@ -155,7 +155,7 @@ NAMESPACE: Mapping[str, Property] = {
     "bootindex": Property(Kind.INT32, _D),
     "detached": Property(_B, default=False),
     "eui64": Property(_64, default=0),
-    "eui64-default": Property(_B, _D, False),
+    "eui64-default": Property(_B, default=False),
     "fdp.ruhs": Property(_T, _D),
     "mcl": Property(_32, default=128),
     "ms": Property(_16, _D, 0),

@@ -17,10 +17,9 @@ from nvmove.options import drives as drive_options
 from nvmove.options import syntax
 from nvmove.options.devices import ParsedController, is_nvme, parse_controllers, parse_device
 from nvmove.options.drives import Drive
-from nvmove.options.properties import PROPERTIES, Values
 from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
-from nvmove.vm import memory, monitors, placement
+from nvmove.vm import defaults, memory, monitors, placement
 from nvmove.vm import program as programs
 from nvmove.vm.argv import Item
 from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
@@ -56,6 +55,9 @@ class Qemu(Protocol):
     def property_types(self, driver: str) -> Mapping[str, str]:
         """The types of a device's properties by name."""
 
+    def compat_properties(self, machine: str) -> Mapping[str, Mapping[str, str]]:
+        """What a versioned machine type sets of devices, by their types."""
+
 
 def lift(arguments: Sequence[str], run_directory: Path, program: Qemu | None = None) -> Plan:
     """Read `QEMU ARGUMENTS…` and return the plan; `program` is looked for when it is not given.
@@ -79,7 +81,7 @@ class _Lifting:
         self.warnings: list[str] = []
         _refuse(items)
         _look_into_files(items, any_nvme=True)
-        self.items, self.globals = _take_globals(_apply_set(items))
+        self.items, self.defaults = defaults.take(_apply_set(items), program.compat_properties)
 
     def plan(self) -> Plan:
         at, parsed = self._controllers()
@@ -139,7 +141,7 @@ class _Lifting:
                 ]
                 if "num_queues" in option.values:
                     self.warnings.append(f"{option.where}: num_queues is deprecated; please use max_ioqpairs instead")
-                at[place] = _with_globals(option, self.globals)
+                at[place] = self.defaults.under(option)
         return at, parse_controllers(at.values(), self.program.version_text)
 
     def _drives(self, parsed: Sequence[ParsedController]) -> dict[str, Drive]:
@@ -293,49 +295,6 @@ def _id_in_words(item: Item) -> str:
     """Return the id of an option in key=value form; -set does not reach those in JSON form."""
     option = parse(f"-{item.name}", item.value, "driver", json_allowed=True)
     return "" if option.is_json else option.get("id")
-
-
-def _take_globals(items: Sequence[Item]) -> tuple[list[Item], dict[str, dict[str, str]]]:
-    """Take `-global nvme.KEY=VALUE` (and nvme-ns) out; return the rest, and the values by driver."""
-    kept = []
-    found: dict[str, dict[str, str]] = {driver: {} for driver in PROPERTIES}
-    for item in items:
-        driver, name, value = _global(item)
-        if driver in found:
-            found[driver][name] = value
-        else:
-            kept.append(item)
-    return kept, found
-
-
-def _global(item: Item) -> tuple[str, str, str]:
-    if item.name != "global":
-        return "", "", ""
-    path, _, value = item.value.partition("=")
-    driver, dot, name = path.partition(".")
-    if dot:
-        return driver, name, value
-    option = parse("-global", item.value)
-    return option.get("driver"), option.get("property"), option.get("value")
-
-
-def _with_globals(option: Option, by_driver: Mapping[str, Mapping[str, str]]) -> Option:
-    """Return a device with the globals of its driver where it says nothing itself; raises OptionError."""
-    driver = option.get("driver")
-    given = by_driver.get(driver, {})
-    if not given:
-        return option
-    for name, value in given.items():
-        Values(Option(f"{option.where}: can't apply global {driver}.{name}={value}", {name: value}), driver)
-    Values(option, driver)
-    texts = {name: _as_text(value) for name, value in option.values.items()}
-    return Option(option.where, {**given, **texts})
-
-
-def _as_text(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
 
 
 def _vfio_user_pci(controller: ParsedController, device: PlannedDevice) -> str:

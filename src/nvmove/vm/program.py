@@ -5,11 +5,12 @@ Nothing here imports more than it needs: a command line is refused before anythi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,27 @@ class QemuProgram:
             self._types[driver] = _properties(shown)
         return self._types[driver]
 
+    def compat_properties(self, machine: str) -> Mapping[str, Mapping[str, str]]:
+        """Return what a versioned machine type sets of devices, by their types; empty for what is no machine.
+
+        So that a guest of an older QEMU finds the devices of that QEMU.
+        """
+        query = json.dumps({"execute": "query-machines", "arguments": {"compat-props": True}})
+        talk = f'{{"execute":"qmp_capabilities"}}{query}{{"execute":"quit"}}'
+        (answers,) = _ask(self.path, [("-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio")], talk)
+        for line in answers.splitlines():
+            for found in ((answer := json.loads(line)) and answer.get("return")) or ():
+                if found["name"] == machine:
+                    return _with_types(found.get("compat-props", ()))
+        return {}
+
+
+def _with_types(properties: Iterable[Mapping[str, str]]) -> Mapping[str, Mapping[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for one in properties:  # of two the later counts
+        found.setdefault(one["qom-type"], {})[one["property"]] = one["value"]
+    return found
+
 
 def find(program: str) -> QemuProgram:
     """Return the QEMU that the user means by `program` (`$NVMOVE_QEMU` when set); raises UserError."""
@@ -70,22 +92,25 @@ def _properties(shown: str) -> Mapping[str, str]:
     return dict(re.findall(r"^  (\S+)=<(.+?)>(?:\s|$)", shown, re.MULTILINE))
 
 
-def _ask(path: Path, questions: Sequence[Sequence[str]]) -> list[str]:
-    """Return what the program prints for each list of arguments; it runs once for each, all at a time."""
+def _ask(path: Path, questions: Sequence[Sequence[str]], says: str = "") -> list[str]:
+    """Return what the program prints for each list of arguments; it runs once for each, all at a time.
+
+    Each reads `says`.
+    """
     running: list[subprocess.Popen[str]] = []
     try:
         for words in questions:
             running.append(
                 subprocess.Popen(
                     [path, *words],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE if says else subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
                     text=True,
                     errors="replace",
                 )
             )
-        return [process.communicate(timeout=_PROBE_SECONDS)[0] for process in running]
+        return [process.communicate(says or None, timeout=_PROBE_SECONDS)[0] for process in running]
     except OSError as error:
         raise UserError(f"cannot run '{path}': {error.strerror}") from None
     except subprocess.TimeoutExpired as late:

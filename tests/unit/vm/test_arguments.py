@@ -37,6 +37,13 @@ class FakeQemu:
         known = {"virtio-net-pci": {"mac": "str", "vectors": "uint32", "csum": "bool", "host_mtu": "uint16"}}
         return known.get(driver, {})
 
+    def compat_properties(self, machine: str) -> Mapping[str, Mapping[str, str]]:
+        assert machine[-2] == ".", "only versioned types have any"
+        return {
+            "pc-q35-6.1": {"nvme-ns": {"eui64-default": "on", "shared": "off"}, "pci-device": {"x": "on"}},
+            "pc-q35-5.2": {"nvme": {"msix-exclusive-bar": "on"}, "nvme-ns": {"shared": "off"}},
+        }.get(machine, {})
+
 
 def lift(line: str) -> Plan:
     return arguments.lift(["qemu-system-x86_64", *shlex.split(line)], RUN, FakeQemu())
@@ -450,3 +457,36 @@ def test_an_image_that_needs_qemu_cannot_be_nvmoves() -> None:
 def test_an_owner_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="Parameter 'image-owner' does not accept value 'me'"):
         lift("-drive if=none,id=d0,file=x,format=raw -device nvme,serial=S,drive=d0,image-owner=me")
+
+
+NAMESPACE = "-device nvme,serial=S1 -device nvme-ns,drive=d0"
+
+
+@pytest.mark.parametrize(
+    ("machine", "more", "shared", "eui64"),
+    [
+        ("q35", "", True, 0),
+        ("pc-q35-9.2", "", True, 0),
+        ("pc-q35-6.1", "", False, 0x5254_0000_0000_0001),
+        ("pc-q35-6.1", ",shared=on,eui64=7", True, 7),
+        ("q35 -machine type=pc-q35-6.1 -global nvme-ns.eui64-default=off", "", False, 0),
+    ],
+)
+def test_a_namespace_is_what_the_machine_type_makes_of_it(machine: str, more: str, shared: bool, eui64: int) -> None:
+    (namespace,) = lift(f"-M {machine} {RAW} {NAMESPACE}{more}").devices[0].config.namespaces
+    assert (namespace.shared, namespace.eui64) == (shared, eui64)
+
+
+def test_the_default_eui64_has_the_number_of_the_namespace_in_the_order_of_creation() -> None:
+    more = "-drive if=none,id=d1,file=disk1.img,format=raw -drive if=none,id=d2,file=disk2.img,format=raw"
+    last = "-device nvme-ns,drive=d1 -device nvme,serial=S2 -device nvme-ns,drive=d2,eui64-default=on"
+    plan = lift(f"{RAW} {more} {NVME} {last}")
+    found = [namespace.eui64 for device in plan.devices for namespace in device.config.namespaces]
+    assert found == [0, 0, 0x5254_0000_0000_0003]
+
+
+def test_what_a_machine_type_has_and_nvmove_has_not_is_refused_by_name() -> None:
+    why = "property 'msix-exclusive-bar' is not supported yet"
+    where = f"{NVME}: machine type pc-q35-5.2 has nvme.msix-exclusive-bar=on"
+    assert refusal(f"-M pc-q35-5.2 {RAW} {NVME}") == f"{where}: {why}"
+    assert lift(f"-M pc-q35-5.2 {RAW} {NVME},msix-exclusive-bar=off").devices

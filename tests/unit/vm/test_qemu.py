@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import select
 import subprocess
@@ -49,6 +50,19 @@ def test_the_version_is_found(tmp_path: Path) -> None:
     found = program.find(fake(tmp_path))
     assert (found.version, found.version_text) == ((11, 1, 3), "11.1.3")
     assert found.property_types("vfio-user-pci") == {"addr": "str", "socket": "SocketAddress"}
+
+
+def test_a_machine_types_properties_are_asked_for_by_qmp(tmp_path: Path) -> None:
+    """Of two values of one property the later counts."""
+    path = tmp_path / "qemu"
+    properties = [{"qom-type": "nvme-ns", "property": "eui64-default", "value": value} for value in ("on", "off")]
+    machines = [{"name": "none"}, {"name": "pc-q35-6.0", "compat-props": properties}]
+    path.write_text(f"#!/bin/sh\ncat >{tmp_path}/said\necho '{{}}'\necho '{json.dumps({'return': machines})}'\n")
+    path.chmod(0o755)
+    found = program.QemuProgram(path, (11, 1, 3))
+    assert found.compat_properties("pc-q35-6.0") == {"nvme-ns": {"eui64-default": "off"}}
+    assert '"compat-props": true' in (tmp_path / "said").read_text()
+    assert found.compat_properties("pc-q35-6.9") == {}
 
 
 def test_the_environment_chooses_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
