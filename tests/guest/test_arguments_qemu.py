@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def test_every_pci_device_keeps_its_address(program: QemuProgram, drive: str, li
     for word in lifted[:own]:
         if '"vfio-user-pci"' in word:
             device = {**json.loads(word), "driver": "nvme", "serial": "1"}
-            del device["socket"]
+            del device["socket"], device["x-msg-timeout"]
             stand_in.append(json.dumps(device))
         else:
             stand_in.append(word)
@@ -143,8 +144,9 @@ def test_qemu_takes_what_it_gets(program: QemuProgram, drive: str, tmp_path: Pat
     lifted = list(arguments.lift(["qemu", *words], tmp_path, program).arguments)
     device = next(at for at, word in enumerate(lifted) if '"vfio-user-pci"' in word)
     del lifted[device - 1 : device + 1]
-    with socket.socket(socket.AF_UNIX) as qmp, socket.socket(socket.AF_UNIX) as port:
-        for listener, name in ((qmp, "qmp"), (port, "mux0")):
+    with ExitStack() as stack:
+        qmp, port, qtest = (stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3))
+        for listener, name in ((qmp, "qmp"), (port, "mux0"), (qtest, "qtest")):
             listener.bind(str(tmp_path / name))
             listener.listen()
             listener.settimeout(60)
