@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from nvmove.nvme.seams import DmaError
@@ -80,6 +80,8 @@ class Snapshots:
         self._devices = devices
         self._unsaveable = unsaveable
         self._refuser = refuser
+        self.on_load: list[Callable[[], Awaitable[None]]] = []
+        """Called when a state has been loaded, with the VM stopped."""
         self._jobs: dict[str, asyncio.Future[None]] = {}
         self._errors: dict[str, str] = {}
         """What `query-jobs` says of jobs that have failed, where it is not what QEMU says."""
@@ -128,6 +130,8 @@ class Snapshots:
         pci = await self._monitor.execute("query-pci")
         for device in self._devices:
             await replay(self._monitor.hmp, find(pci, device.id), device)
+        for tell in self.on_load:
+            await tell()
 
     async def save(self, line: str) -> str:
         """Run the HMP command `savevm …`; return its output."""
