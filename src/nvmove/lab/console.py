@@ -81,10 +81,10 @@ class Console:
             raise GuestError("the serial port is closed") from None
 
     def wait_boot(self, timeout: float = 240) -> None:
-        """Wait for the guest's shell after a boot, and keep kernel messages off the port (dmesg has them)."""
+        """Wait for the guest's shell after a boot; keep echo and kernel messages off the port (dmesg has them)."""
         self.read_until(re.escape(READY), timeout)
         self.read_until("guest# ", timeout)
-        self.run("dmesg -n 1")
+        self.run("dmesg -n 1; stty -F /dev/ttyS0 -echo -onlcr")
 
     def run(self, command: str, timeout: float = 240) -> Result:
         """Run a shell command line; raise TimeoutError or GuestError."""

@@ -245,6 +245,7 @@ class Machine:
         served = list(by_key.values())
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, spaces, runstate, self._devices, unsaveable, bus)
+        snapshots.on_load.append(slots.after_load)
         Handlers(facade, runstate, snapshots, served).register()
         BlockStats(facade, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()

@@ -6,7 +6,8 @@ of BARs changes that. So `device_del` is refused here, and the guest's own eject
 QEMU ejects nothing on a bus whose link `hotplug-handler` is empty. The guest sees the same ACPI tables as ever.
 
 The link is the bus's, not the slot's. Where the bus has other slots (`pci.0` of the machine `pc`) it is set again while
-the user plugs another device, or until a guest has answered that it gives one up.
+the user plugs another device, or until a guest has answered that it gives one up. It must be: at a reset QEMU itself
+ejects what the guest was asked for, and tries for ever where the bus is closed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
 from nvmove.vm.monitor import Facade, QemuGone, QmpError
@@ -22,6 +24,10 @@ from nvmove.vm.monitor import Facade, QemuGone, QmpError
 log = logging.getLogger(__name__)
 
 _HANDLER = "hotplug-handler"
+_PORTS = {"PIIX4_PM": 0xAE00, "ICH9-LPC": 0x0CC0}
+"""Where the registers of ACPI's PCI hot plug are, by who handles it (QEMU, docs/specs/acpi_pci_hotplug)."""
+_DOWN, _SELECT = 4, 16
+"""Registers of 32 bits: the slots that the guest is asked for, on the bus selected."""
 Slot = tuple[str, int]
 """QOM path of the bus, and the slot's number on it."""
 
@@ -37,6 +43,8 @@ class Slots:
         """Hot-pluggable buses with our devices: their path → what handled their hot plug."""
         self._leaving: set[str] = set()
         """Paths of devices that the guest has been asked to give up."""
+        self._loaded = 0
+        """How many more it was asked for in a state that was loaded."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -57,6 +65,12 @@ class Slots:
         facade.hmp_handlers["device_del"] = self._hmp_delete
         facade.on_event("DEVICE_DELETED", self._left)
         facade.on_event("DEVICE_UNPLUG_GUEST_ERROR", self._left)
+
+    async def after_load(self) -> None:
+        """A state came with what its guest had been asked for; the VM is stopped. Raises QmpError, QemuGone."""
+        self._leaving.clear()
+        self._loaded = sum([await self._asked_for(bus, handler) for bus, handler in self._handlers.items()])
+        await self._link(open_=bool(self._loaded))
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
@@ -101,12 +115,19 @@ class Slots:
                 raise
 
     def _left(self, event: dict[str, Any]) -> None:
-        path = event.get("data", {}).get("path")
+        path = str(event["data"]["path"])
         if path in self._leaving:
-            self._leaving.discard(path)
-            task = asyncio.ensure_future(self._close_again())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._leaving.remove(path)
+        elif self._loaded and path.count("/") == _path("").count("/"):  # a device, and no part of one
+            self._loaded -= 1
+        else:
+            return
+        self._later(self._close_again())
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _close_again(self) -> None:
         try:
@@ -126,13 +147,35 @@ class Slots:
         try:
             yield
         finally:
-            if not self._leaving:
+            if not (self._leaving or self._loaded):
                 await self._link(open_=False)
 
     async def _link(self, *, open_: bool) -> None:
         for bus, handler in self._handlers.items():
             value = handler if open_ else ""
             await self._facade.execute("qom-set", {"path": bus, "property": _HANDLER, "value": value})
+
+    async def _asked_for(self, bus: str, handler: str) -> int:
+        """Return how many slots of a bus the guest is asked for; 0 where that is not said in ports."""
+        ports = _PORTS.get(await self._get(handler, "type"))
+        if ports is None:
+            return 0
+        try:
+            number = await self._get(bus, "acpi-pcihp-bsel")
+        except QmpError:
+            return 0  # the bus was given no number: ACPI ejects nothing on it
+        selected = await self._read(ports + _SELECT)
+        await self._facade.hmp(f"o /w {ports + _SELECT:#x} {number}")
+        down = await self._read(ports + _DOWN)
+        await self._facade.hmp(f"o /w {ports + _SELECT:#x} {selected:#x}")
+        return down.bit_count()
+
+    async def _read(self, port: int) -> int:
+        shown = await self._facade.hmp(f"i /w {port:#x}")
+        found = re.search(r"= (0x[0-9a-f]+)", shown)
+        if found is None:
+            raise QmpError("GenericError", f"QEMU's answer to an HMP port read is not understood: {shown.strip()}")
+        return int(found[1], 16)
 
     async def _slot(self, path: str) -> Slot:
         devfn = int(await self._get(path, "addr"))  # PCI Local Bus 3.0, 3.2.2.3.4: five bits slot, three function

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, find
@@ -91,6 +91,8 @@ class Snapshots:
         self._devices = devices
         self._unsaveable = unsaveable
         self._refuser = refuser
+        self.on_load: list[Callable[[], Awaitable[None]]] = []
+        """Called when a state has been loaded, with the VM stopped."""
         self._jobs: dict[str, asyncio.Future[None]] = {}
         self._errors: dict[str, str] = {}
         """What `query-jobs` says of jobs that have failed, where it is not what QEMU says."""
@@ -132,6 +134,8 @@ class Snapshots:
         """Give QEMU the devices' PCI state back; the VM is stopped."""
         async for device, space in self._functions():
             await replay(space, device)
+        for tell in self.on_load:
+            await tell()
 
     async def _functions(self) -> AsyncIterator[tuple[SavedDevice, ConfigSpace]]:
         """The devices, each with its configuration space where the guest has put it by now."""

@@ -156,3 +156,35 @@ def test_a_bus_without_hot_plug_stays_as_it_is() -> None:
             assert objects.open_at == ["new"]
 
     asyncio.run(story())
+
+
+def test_a_state_that_asked_for_a_device_keeps_the_bus_open_until_it_has_left() -> None:
+    """And the guest finds the bus selected that it had selected."""
+
+    async def story() -> None:
+        async with facade_on_fake() as (facade, qemu):
+            objects = Objects(qemu)
+            properties = {"type": "PIIX4_PM", "acpi-pcihp-bsel": 3}
+
+            async def get(arguments: dict[str, Any]) -> Any:
+                return properties.get(arguments["property"]) or await objects._get(arguments)
+
+            qemu.answers["qom-get"] = get
+            selects = [f"o /w 0xae10 {value}" for value in ("3", "0x1")]
+            qemu.hmp_answers |= {"i /w 0xae10": "portl[0xae10] = 0x00000001", **dict.fromkeys(selects, "")}
+            qemu.hmp_answers["i /w 0xae04"] = "portl[0xae04] = 0x00000042"
+            ours = Slots(facade, ["nv"])
+            await ours.close()
+            ours.register()
+            await ours.after_load()
+            assert objects.handler == "/machine/pm"
+            lines = [request.get("arguments", {}).get("command-line", "") for request in qemu.requests]
+            assert [line for line in lines if line.startswith("o ")] == selects
+            for path in ("rng/virtio-backend", "rng"):
+                qemu.event("DEVICE_DELETED", path=f"/machine/peripheral/{path}")
+            await facade.execute("device_add", {"id": "after"})
+            assert objects.open_at == ["after"], "one of two has yet to leave"
+            qemu.event("DEVICE_DELETED", path="/machine/peripheral-anon/device[0]")
+            await until_closed(objects)
+
+    asyncio.run(story())
