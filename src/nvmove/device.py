@@ -73,11 +73,13 @@ class NvmeDevice:
         errors: Mapping[str, DriveErrors] | None = None,
         on_error: Callable[[ErrorReport], None] | None = None,
         client_migrates: bool = False,
+        memory_moves: bool = False,
     ) -> None:
         """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive.
 
         It is called on any thread, and must not wait. `client_migrates`: the vfio-user client may drive the protocol's
-        own migration, and with it pause, resume, save and load this device.
+        own migration, and with it pause, resume, save and load this device. `memory_moves`: the client maps and unmaps
+        memory for each of the guest's requests.
         """
         self.id = id
         self.loads = 0
@@ -87,7 +89,7 @@ class NvmeDevice:
         self._config = ConfigSpace(config)
         self._layout = self._config.layout
         self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
-        self._memory = GuestMemory()
+        self._memory = GuestMemory(lends=not memory_moves)
         self._engine = engine or choice.new_engine(id)
         self.controller = Controller(
             config, backends, self._memory, self._lines, self._engine, errors=errors, on_error=on_error

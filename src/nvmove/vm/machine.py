@@ -164,7 +164,14 @@ class Machine:
         errors = {key: drive.io.errors for key, drive in self._drives.items()}
         self._io_errors = IoErrors()
         for plan in self._plan.devices:
-            device = NvmeDevice(plan.config, backends, id=plan.id, errors=errors, on_error=self._io_errors.report)
+            device = NvmeDevice(
+                plan.config,
+                backends,
+                id=plan.id,
+                errors=errors,
+                on_error=self._io_errors.report,
+                memory_moves=self._plan.is_translated,
+            )
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
