@@ -75,12 +75,14 @@ class NvmeDevice:
         on_error: Callable[[ErrorReport], None] | None = None,
         on_wait: Callable[[], None] | None = None,
         client_migrates: bool = False,
+        memory_moves: bool = False,
     ) -> None:
         """`errors` are the drives' policies; a drive without one reports. `on_error` hears of every error of a drive,
         `on_wait` when the guest begins to wait for a disk by a clock of its own (`waits`).
 
         It is called on any thread, and must not wait. `client_migrates`: the vfio-user client may drive the protocol's
-        own migration, and with it pause, resume, save and load this device.
+        own migration, and with it pause, resume, save and load this device. `memory_moves`: the client maps and unmaps
+        memory for each of the guest's requests.
         """
         self.id = id
         self.loads = 0
@@ -90,7 +92,7 @@ class NvmeDevice:
         self._config = ConfigSpace(config)
         self._layout = self._config.layout
         self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
-        self._memory = GuestMemory()
+        self._memory = GuestMemory(lends=not memory_moves)
         self._engine = engine or choice.new_engine(id)
         self.controller = Controller(
             config,

@@ -186,6 +186,11 @@ class Leases:
     def _terms(self, lease: _Lease) -> LeaseTerms:
         """Borrow what the lease needs; raises _Refused."""
         controller, sq, cq, revoke = self._controller, lease.sq, lease.sq.cq, lease.borrower.revoke
+        if not isinstance(controller.memory, LendsMemory):
+            raise _Refused
+        lease.memory = controller.memory.lend(revoke)
+        if lease.memory is None:
+            raise _Refused
         disks: dict[int, LentDisk] = {}
         for namespace in controller.namespaces.active:
             if namespace.formatting or not isinstance(namespace.backend, LendsFile):
@@ -208,11 +213,6 @@ class Leases:
                 file.space,
                 file.export,
             )
-        if not isinstance(controller.memory, LendsMemory):
-            raise _Refused
-        lease.memory = controller.memory.lend(revoke)
-        if lease.memory is None:
-            raise _Refused
         if cq.irq_enabled:
             if not isinstance(controller.interrupts, LendsInterrupts):
                 raise _Refused

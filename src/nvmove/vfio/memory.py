@@ -123,8 +123,14 @@ class MemoryLoan:
 class GuestMemory:
     """Guest-physical memory of one client after the other. `client` serves regions without a descriptor."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lends: bool = True) -> None:
+        """`lends` is off where the client unmaps while others of the guest's requests are under way.
+
+        A loan is of all memory, so an unmap would wait for all of them. With an IOMMU it is the guest's CPU that waits,
+        in QEMU with QEMU's big lock, which QEMU's NBD server, that they wait for, needs.
+        """
         self.client: Client | None = None
+        self._lends = lends
         self.dirty = DirtyTracking()
         self._lock = threading.Lock()
         self._starts: list[int] = []
@@ -263,7 +269,7 @@ class GuestMemory:
         Who begins to want to know what is written, or ends it, ends the loans first (`Leases.suspended`).
         """
         with self._lock:
-            if self.dirty.is_for_both:
+            if not self._lends or self.dirty.is_for_both:
                 return None
             held = [region for region in self._regions if region.view is not None]
             for region in held:

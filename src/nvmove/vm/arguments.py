@@ -19,7 +19,7 @@ from nvmove.options.devices import ParsedController, is_nvme, parse_controllers,
 from nvmove.options.drives import Drive
 from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
-from nvmove.vm import defaults, memory, monitors, placement
+from nvmove.vm import defaults, iommu, memory, monitors, placement
 from nvmove.vm import program as programs
 from nvmove.vm.argv import Item
 from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
@@ -92,7 +92,8 @@ class _Lifting:
             [place for place in at if at[place].get("driver") == "nvme"], parsed, devices, strict=True
         ):
             substitutes[place] = self.items[place].instead(_vfio_user_pci(controller, device))
-        items = placement.place(self.items, substitutes, self.program.property_types)
+        told, is_translated = iommu.told(self.items, self.program.property_types, self.warnings)
+        items = placement.place(told, substitutes, self.program.property_types)
         items = _without_drives(items, used.values())
         lifted = monitors.lift(items, self.directory)
         items = memory.share(lifted.items)
@@ -118,6 +119,7 @@ class _Lifting:
             endpoints=lifted.endpoints,
             qmp_socket=qmp_socket,
             qtest_socket=qtest_socket,
+            is_translated=is_translated,
             paused="S" in names,
             loadvm=next((item.value for item in reversed(items) if item.name == "loadvm"), None),
             incoming=incoming,

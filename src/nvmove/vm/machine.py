@@ -205,6 +205,7 @@ class Machine:
                 errors=errors,
                 on_error=self._io_errors.report,
                 on_wait=functools.partial(self._stalls.report, plan.id),
+                memory_moves=self._plan.is_translated,
             )
             for namespace in device.controller.namespaces:
                 backends[namespace.config.drive].namespace = namespace

@@ -64,6 +64,8 @@ class Plan:
     """nvmove listens there before QEMU starts, and QEMU connects."""
     qtest_socket: Path = Path()
     """The same, for accesses to memory and ports as the guest's CPU makes them."""
+    is_translated: bool = False
+    """An IOMMU of the guest's is between its disks and its memory."""
     paused: bool = False
     """The user's own -S."""
     loadvm: str | None = None
