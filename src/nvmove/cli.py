@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import importlib
 import io
 import logging
@@ -68,6 +69,18 @@ def parser(only: str | None = None) -> argparse.ArgumentParser:
     return top
 
 
+_EXHAUSTED = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EROFS}
+
+
+def _exhausted(error: BaseException) -> str:
+    """Return the line for what the machine has not enough of; empty where the error is something else."""
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        return ": ".join([*([f"'{error.filename}'"] if error.filename else []), error.strerror or str(error)])
+    if isinstance(error, MemoryError):
+        return os.strerror(errno.ENOMEM)
+    return str(error) if "can't start new thread" in str(error) else ""
+
+
 def main() -> int:
     """Run the command line in `sys.argv`; return the exit status."""
     _print_anywhere()
@@ -88,3 +101,9 @@ def main() -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (OSError, MemoryError, RuntimeError) as error:
+        line = _exhausted(error)
+        if not line:
+            raise
+        UserError(line).say()
+        return 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from dbus_fast import Message, MessageType
 from dbus_fast.aio import MessageBus
+from dbus_fast.auth import AuthAnonymous
 
 from nvmove.vmstate.bus import INTERFACE, LIMIT, NAME, PATH, PROPERTIES, VMStateBus, check_size
 from nvmove.vmstate.dbus_daemon import BusError, DBusDaemon, bus_address
@@ -51,7 +52,7 @@ async def bus_with(directory: Path, **disks: Disk) -> AsyncIterator[tuple[VMStat
     try:
         for ident, disk in disks.items():
             await bus.add(ident, disk)
-        client = await MessageBus(bus_address=bus.address).connect()
+        client = await MessageBus(bus_address=bus.address, auth=AuthAnonymous()).connect()
         try:
             yield bus, client
         finally:

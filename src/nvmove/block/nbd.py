@@ -32,7 +32,7 @@ SECTOR = 512
 CONNECT_TIMEOUT = 10.0
 """Seconds a server gets to answer."""
 
-DRAIN_TIMEOUT = 30.0
+DRAIN_TIMEOUT = 10.0
 """Seconds that requests under way get when the back end is closed or connected anew."""
 
 CUT_TIMEOUT = 5.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from nvmove.nvme.seams import Lender
@@ -11,6 +13,7 @@ from nvmove.vfio.receive import PlainReceiver, Receiver
 
 log = logging.getLogger(__name__)
 
+CLOSE_SECONDS = 5.0
 POLL = 50e-6
 """Seconds that a worker looks at a doorbell in memory after its last command (docs/performance-doorbells.md)."""
 
@@ -33,7 +36,7 @@ class PlainEngine:
         self._run = run
 
     def attach(self, sqid: int) -> None:
-        """Start a worker for queue `sqid`."""
+        """Start a worker for queue `sqid`; raises OSError when there is no thread to be had, or nothing else."""
         if self._run is None:
             raise RuntimeError("attach before bind")
         with self._lock:
@@ -44,7 +47,12 @@ class PlainEngine:
             worker.ended = self._ended
             self._workers[sqid] = worker
             self._all.add(worker)
-        worker.thread.start()
+        try:
+            worker.thread.start()
+        except RuntimeError as error:
+            self.detach(sqid)
+            self._ended(worker)
+            raise OSError(errno.EAGAIN, str(error)) from None
 
     def kick(self, sqid: int) -> None:
         """Wake the worker of queue `sqid`, if there is such a queue."""
@@ -61,14 +69,17 @@ class PlainEngine:
             worker.stop()
 
     def close(self) -> None:
-        """Stop all workers and wait for them. Not for a worker's own thread."""
+        """Stop all workers, and wait for them a few seconds: a disk may hold one up. Not for a worker's own thread."""
         with self._lock:
             workers = list(self._all)
             self._workers.clear()
         for worker in workers:
             worker.stop()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for worker in workers:
-            worker.thread.join()
+            worker.thread.join(max(0.0, deadline - time.monotonic()))
+        if any(worker.thread.is_alive() for worker in workers):
+            log.error("%s: I/O is still under way after %g s", self._name, CLOSE_SECONDS)
 
     def _worker(self, sqid: int) -> Worker:
         """Return what shall run queue `sqid`, not started."""

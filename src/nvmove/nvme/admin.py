@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 
 CDW10, CDW11 = 40, 44
 """Parameter error locations: bytes in the SQE."""
+log = logging.getLogger(__name__)
+
 ABORT_WAIT = 1.0
 """Seconds that an Abort waits for a queue that is lent: a host aborts because a disk hangs, and wants its answer."""
+MAX_ABORTED = 256
+"""Commands that wait in rings to complete as aborted: they are state, and QEMU carries 1 MiB of it for a device."""
 ABORT_NOT_FOUND = 1
 """Bit 0 of Abort's dword 0: the command was not aborted (Base 5.1)."""
 
@@ -72,7 +77,12 @@ def _create_sq(controller: Controller, command: Command) -> None:
     controller.doorbells.clear(sqid, is_cq=False)
     with controller.lock:
         _check_current(command)
-        controller.create_sq(SubmissionQueue(sqid, cq, address, size, priority))
+        try:
+            controller.create_sq(SubmissionQueue(sqid, cq, address, size, priority))
+        except OSError as error:
+            if controller.log_limit.allows():
+                log.warning("%s: submission queue %d has no worker: %s", controller.config.serial, sqid, error)
+            raise CommandError(Status.INTERNAL_ERROR, dnr=False) from None
     command.complete()
 
 
@@ -154,6 +164,8 @@ def _abort_waiting(controller: Controller, sq: SubmissionQueue, cid: int) -> boo
         return False
     with controller.lock:
         if first + index < sq.fetched:  # fetched while the ring was read
+            return False
+        if sum(len(other.aborted) for other in controller.sqs.values()) >= MAX_ABORTED:
             return False
         sq.aborted.add((head + index) % sq.size)
     return True

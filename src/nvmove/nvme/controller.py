@@ -222,7 +222,11 @@ class Controller:
             return
         sq_size, cq_size = self.registers.admin_sizes
         self.create_cq(CompletionQueue(0, self.registers.acq, cq_size, ADMIN_VECTOR, irq_enabled=True))
-        self.create_sq(SubmissionQueue(0, self.cqs[0], self.registers.asq, sq_size))
+        try:
+            self.create_sq(SubmissionQueue(0, self.cqs[0], self.registers.asq, sq_size))
+        except OSError as error:
+            self.fatal(f"the admin queue has no worker: {error}")
+            return
         self.registers.csts |= CSTS_RDY
 
     def _start_reset(self, done: Callable[[], Callback | None]) -> list[Callback]:
@@ -340,12 +344,12 @@ class Controller:
         self.doorbells.created(cq)
 
     def create_sq(self, sq: SubmissionQueue) -> None:
-        """Add a submission queue that was checked; its worker is there on return."""
+        """Add a submission queue that was checked; its worker is there on return. Raises OSError: there is none."""
+        self.engine.attach(sq.sqid)
         sq.epoch = self.epoch
         self.sqs[sq.sqid] = sq
         self.doorbells.created(sq)
         sq.cq.sqs.add(sq.sqid)
-        self.engine.attach(sq.sqid)
 
     def delete_cq(self, cq: CompletionQueue) -> None:
         """Remove a completion queue that no submission queue uses."""

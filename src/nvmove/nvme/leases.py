@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -55,6 +56,9 @@ _OPERATIONS = {
 _SOON = 0.002
 """Seconds for loops to stop where they are; after that their threads give back what they have."""
 _NONE_COUNTED = ((0, 0),) * len(Operation)
+
+
+log = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
@@ -105,23 +109,27 @@ class Leases:
     def lend(self, sqid: int, borrower: Borrower) -> Lending:
         """Lend a queue pair; see `Lender.lend`."""
         result = Lending.REFUSED
-        with self._lock:
+        with contextlib.ExitStack() as unless_lent, self._lock:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._is_plain(sq):
                 return result
             lease = _Lease(sq, borrower)
+            unless_lent.callback(lease.release)  # whatever goes wrong, and without the lock
             borrower.prepare()
             try:
                 terms = self._terms(lease)
                 if not sq.in_flight:
                     self._begin(lease, terms)
+                    unless_lent.pop_all()
                     return Lending.LENT
-                if any(disk.export for disk in terms.disks.values()):  # Python's requests there never end all at once
+                if any(disk.export for disk in terms.disks.values()):  # requests there never end all at once
                     result = Lending.SOON
                     sq.on_idle = functools.partial(self._controller.engine.kick, sqid)
             except _Refused:
                 pass
-        lease.release()
+            except (OSError, MemoryError) as error:  # descriptors or memory ran out: Python wants none for a command
+                if self._controller.log_limit.allows():
+                    log.warning("%s: queue %d is not lent: %s", self._controller.config.serial, sqid, error)
         return result
 
     def mark(self, borrower: Borrower) -> None:

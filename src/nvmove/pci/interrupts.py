@@ -7,6 +7,7 @@ takes all eventfds away and gives them back whenever the guest changes anything 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -289,11 +290,15 @@ class _Unmasker:
 
 
 def _notify(fd: int) -> None:
-    try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        # The counter is full, so the interrupt has been signalled and not been taken yet: one more says nothing new.
-        return
+    """Signal, unless the counter is full: then the interrupt is signalled and not taken yet, one more says nothing new.
+
+    O_NONBLOCK is the open file's, and the client has that too: it may have taken the flag off.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if poll.poll(0):
+        with contextlib.suppress(BlockingIOError):  # it has become full
+            os.eventfd_write(fd, 1)
 
 
 def _close(fds: Iterable[int]) -> None:

@@ -168,9 +168,10 @@ class DmaChannel:
     def answer(self, header: Header, payload: memoryview) -> None:
         """Deliver a reply (control thread). Raises StreamError for one that answers nothing we asked."""
         with self._lock:
-            exchange = self._exchanges.pop(header.id, None)
-            if exchange is None or exchange.code != header.command:
+            exchange = self._exchanges.get(header.id)
+            if exchange is None or exchange.code != header.command:  # it stays, for `refuse` to fail its waiter
                 raise message.StreamError(f"reply to command {header.command} that was not sent, id {header.id}")
+            del self._exchanges[header.id]
             for message_id in exchange.silent:
                 silent = self._exchanges.pop(message_id, None)
                 if silent is not None:  # else it was refused

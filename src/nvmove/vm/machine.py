@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import logging
@@ -28,6 +29,7 @@ from nvmove.block.raw import RawBackend
 from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
+from nvmove.limits import raise_descriptors
 from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
 from nvmove.vm.blockinfo import ServedDrive
@@ -81,6 +83,7 @@ def run(plan: Plan, run_directory: Path, faults: FaultRules) -> int:
     """Run a VM to its end; return QEMU's exit status. Raises UserError."""
     if slow := choice.notice():
         print(f"nvmove: warning: {slow}", file=sys.stderr)
+    raise_descriptors()
     return asyncio.run(Machine(plan, run_directory, faults).run())
 
 
@@ -226,6 +229,8 @@ class Machine:
         try:
             await client.accept()
         except ConnectError as error:
+            if isinstance(error.exc, OSError) and error.exc.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
+                raise  # it is not QEMU that is gone
             raise QemuGone("QEMU's monitor did not connect") from error
         await self._set_up(client, cpu, monitors, bus)
 
@@ -363,7 +368,7 @@ def _said_first() -> Iterator[None]:
     """What is wrong is one line on stderr before anything ends: a manager reads it when the monitors are closed."""
     try:
         yield
-    except (UserError, BackendError, BusError, ListenError) as error:
+    except (UserError, BackendError, BusError, ListenError, ConnectError) as error:
         line = error if isinstance(error, UserError) else UserError(str(error))
         line.say()
         raise line from None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nvmove.errors import UserError
+from nvmove.limits import restore_descriptors
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""
@@ -26,6 +27,7 @@ def die_with_parent(parent: int) -> Callable[[], None]:
 
     def prepare() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        restore_descriptors()
         if os.getppid() != parent:  # it died before the call
             os._exit(128 + signal.SIGTERM)
 

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from dbus_fast import DBusError, Message, MessageType, RequestNameReply, Variant
 from dbus_fast.aio import MessageBus
+from dbus_fast.auth import AuthAnonymous
 
 from nvmove.vmstate.dbus_daemon import BusError, DBusDaemon
 from nvmove.vmstate.schema import StateError
@@ -98,7 +99,7 @@ class VMStateBus:
             raise BusError(f"{ident!r} is no Id: 1 to {ID_MAX} bytes, no comma")
         if ident in self._connections:
             raise BusError(f"the Id {ident!r} is taken")
-        connection = MessageBus(bus_address=self.address)
+        connection = MessageBus(bus_address=self.address, auth=AuthAnonymous())
         try:
             await connection.connect()
             connection.add_message_handler(_Service(ident, device, connection, self._lock, self._refused).handle)

@@ -28,7 +28,8 @@ CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configurat
 <busconfig>
   <type>session</type>
   <listen>{address}</listen>
-  <auth>EXTERNAL</auth>
+  <auth>ANONYMOUS</auth>
+  <allow_anonymous/>
   <policy context="default">
     <allow send_destination="*"/>
     <allow receive_sender="*"/>
@@ -77,7 +78,10 @@ class DBusDaemon:
             raise BusError(f"socket path {socket} is longer than {SOCKET_PATH_MAX} bytes: use a shorter run directory")
         address = bus_address(str(socket))
         socket.unlink(missing_ok=True)
-        config.write_text(CONFIG.format(address=html.escape(address)))
+        try:
+            config.write_text(CONFIG.format(address=html.escape(address)))
+        except OSError as error:
+            raise BusError(f"cannot write '{config}': {error.strerror}") from None
         process = await asyncio.create_subprocess_exec(
             found,
             f"--config-file={config}",
