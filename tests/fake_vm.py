@@ -148,9 +148,12 @@ class FakeProcess:
         assert self.status is not None
         return self.status
 
-    async def end(self, seconds: float = 10) -> int:
+    def terminate(self) -> None:
         self.asked_to_end += 1
         self.die(143)
+
+    async def end(self, seconds: float = 10) -> int:
+        self.terminate()
         return await self.wait()
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes, writes_done
 from nvmove.lab.machine import Machine
+from nvmove.lab.qmp import QmpClosed
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import disk, loadvm, make_image, overwrite, savevm
+from tests.waiting import wait
 
 FIO = Fio("v", blocks=1200, rate=200)
 
@@ -153,3 +159,30 @@ def test_idle_for_70_seconds_after_loadvm_and_then_io(machine: Machine, argument
     assert disk_complaints(machine.console) == []
     Fio("after").run(machine.console)
     assert disk_complaints(machine.console) == []
+
+
+def test_sigterm_in_the_midst_of_savevm_waits_for_it(machine: Machine, tree: Sysroot, work: Path) -> None:
+    """The disk takes longer than the ten seconds after which QEMU was killed once; no guest runs."""
+    image = make_image(tree, work / "d0.qcow2", "16M")
+    slow = ["-object", "throttle-group,id=slow,x-bps-write=80000"]
+    file = f"file.driver=throttle,file.throttle-group=slow,file.file.driver=file,file.file.filename={image}"
+    disk = ["-blockdev", f"driver=qcow2,node-name=n0,{file}", "-device", "nvme,serial=S1,drive=n0"]
+    machine.memory = "64M"
+    machine.start(["-M", "q35", "-S", *slow, *disk])
+    size = image.stat().st_size
+
+    def save() -> None:
+        with contextlib.suppress(QmpClosed):  # or it is answered before QEMU ends
+            machine.qmp.hmp("savevm t1")
+
+    saving = threading.Thread(target=save)
+    saving.start()
+    wait(lambda: image.stat().st_size > size, 60)
+    machine.started.process.send_signal(signal.SIGTERM)
+    assert machine.started.wait(120) == 0
+    saving.join(60)
+    listing = subprocess.run(
+        [tree.program("qemu-img"), "snapshot", "-l", str(image)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert "t1" in listing
+    subprocess.run([tree.program("qemu-img"), "check", "-q", str(image)], check=True, timeout=60)

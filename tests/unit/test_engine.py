@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 
 import pytest
-from tests.nvme_host import Disk, Host, Lines
+from tests.nvme_host import CC, Disk, Host, Lines
 
+from nvmove.engine import plain
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.plain import PlainEngine
-from nvmove.nvme.spec import Nvm
+from nvmove.nvme.spec import CSTS_CFS, CSTS_RDY, Nvm, Register, Status
 
 LONG = 20
 """Seconds that a test waits for what must come."""
@@ -154,3 +156,64 @@ def test_a_controller_on_threads_completes_everything(engine: PlainEngine) -> No
     finally:
         stop.set()
         finisher.join()
+
+
+def test_a_thread_that_cannot_start_leaves_nothing_and_the_next_one_does(
+    engine: PlainEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = threading.Event()
+    engine.bind(lambda _sqid: ran.set())
+
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(OSError, match="can't start new thread"):
+            engine.attach(1)
+    engine.attach(1)
+    engine.kick(1)
+    assert ran.wait(LONG)
+
+
+def test_a_worker_at_a_disk_that_hangs_does_not_keep_an_engine_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "CLOSE_SECONDS", 0.05)
+    engine, hangs, answers = PlainEngine(), threading.Event(), threading.Event()
+
+    def run(_sqid: int) -> None:
+        hangs.set()
+        answers.wait(LONG)
+
+    engine.bind(run)
+    engine.attach(1)
+    engine.kick(1)
+    assert hangs.wait(LONG)
+    engine.close()
+    answers.set()
+
+
+@pytest.mark.parametrize("queue", ["I/O", "admin"])
+def test_a_queue_without_a_thread_is_an_error_that_can_be_tried_again(queue: str) -> None:
+    host = Host(engine=InlineEngine())
+    attach = host.engine.attach
+
+    def refuse(_sqid: int) -> None:
+        raise OSError(errno.EAGAIN, "can't start new thread")
+
+    if queue == "I/O":
+        host.enable()
+    host.engine.attach = refuse  # type: ignore[method-assign, assignment]
+    if queue == "admin":
+        host.set(Register.CC, CC | 1)
+        assert host.csts & CSTS_CFS
+        host.set(Register.CC, 0)
+    else:
+        assert host.create_cq(1).status == 0
+        failed = host.create_sq(1, 1)
+        assert (failed.status, failed.dnr) == (Status.INTERNAL_ERROR, False)
+    host.engine.attach = attach  # type: ignore[method-assign]
+    if queue == "admin":
+        host.enable()
+    else:
+        assert host.create_sq(1, 1).status == 0
+    assert host.csts & CSTS_RDY

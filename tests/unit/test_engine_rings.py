@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -549,3 +550,40 @@ def test_a_kick_before_the_wait_is_not_lost() -> None:
     ring = loop.Ring()
     ring.kick()
     ring.wait()
+
+
+def test_a_full_eventfd_that_the_client_lets_wait_holds_no_loop_up(rig: Rig) -> None:
+    assert rig.read() == 0
+    (line,) = rig.lines.lent
+    rig.lines.look()
+    os.eventfd_write(line.fd, (1 << 64) - 2)
+    os.set_blocking(line.fd, True)
+    freed = threading.Timer(20, os.eventfd_read, [line.fd])  # a loop that waits is let go, and the test fails
+    freed.start()
+    assert rig.read() == 0
+    assert freed.is_alive()
+    freed.cancel()
+    os.set_blocking(line.fd, False)
+    assert os.eventfd_read(line.fd) == (1 << 64) - 2
+    assert not rig.in_python
+
+
+@pytest.mark.parametrize("what", ["disk", "memory", "interrupt"])
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_runs_out_in_a_loan_is_given_back_and_python_runs_the_queue(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, what: str, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    assert rig.controller.pause(0)
+    lender = {"disk": rig.disk, "memory": rig.ram, "interrupt": rig.lines}[what]
+    with monkeypatch.context() as patch:
+        patch.setattr(lender, "lend", refuse)
+        rig.controller.resume()
+        assert rig.read() == 0
+        assert rig.in_python
+        assert (rig.disk.loans, rig.ram.revokes, rig.lines.lent) == (0, [], [])
+    rig.disk.operations.clear()
+    assert rig.read() == 0
+    assert rig.disk.loans == 1, "lent again when there is enough"

@@ -6,6 +6,7 @@ import pytest
 from tests.nvme_host import CC, Disk, Host, Lines
 
 from nvmove.block.backend import Operation
+from nvmove.nvme import admin
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
 
 
@@ -338,3 +339,15 @@ def test_doorbells_of_a_deleted_queue_are_an_event() -> None:
     host.delete_sq(1)
     host.set(DOORBELLS + 8, 1)
     assert host.admin(Admin.ASYNC_EVENT_REQUEST).result == 0x1_0000
+
+
+def test_no_more_commands_than_some_wait_to_complete_as_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are state, which a guest could make too large to be saved."""
+    monkeypatch.setattr(admin, "MAX_ABORTED", 2)
+    host, cids = stalled()
+    assert [host.admin(Admin.ABORT, cdw10=cid << 16 | 1).result for cid in cids[2:]] == [0, 0, 1]
+    assert len(host.reap(1)) == 2
+    host.drain()
+    assert [c.status for c in host.reap(1)] == [Status.ABORT_REQUESTED] * 2
+    host.drain()
+    assert [c.status for c in host.reap(1)] == [0]

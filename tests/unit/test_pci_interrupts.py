@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -261,3 +262,20 @@ def test_the_pin_is_used_when_somebody_listens_and_msix_is_off() -> None:
     lines.disconnect()
     used.append(lines.uses_pin)
     assert used == [False, True, False, False]
+
+
+@pytest.mark.parametrize("index", [MSIX, INTX])
+def test_a_full_eventfd_that_the_client_lets_wait_holds_nobody_up(wires: Wires, index: int) -> None:
+    """O_NONBLOCK is the open file's, which is the client's, too."""
+    (end,) = wires.connect(index)
+    os.eventfd_write(end, (1 << 64) - 2)
+    os.set_blocking(end, True)
+    signalling = threading.Thread(
+        target=lambda: wires.lines.signal(0) if index == MSIX else wires.lines.set_level(True), daemon=True
+    )
+    signalling.start()
+    signalling.join(20)
+    was_held_up = signalling.is_alive()
+    os.set_blocking(end, False)
+    assert os.eventfd_read(end) == (1 << 64) - 2
+    assert not was_held_up

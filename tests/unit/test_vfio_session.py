@@ -508,3 +508,27 @@ def test_messages_may_arrive_byte_by_byte() -> None:
         for byte in message.command(1, Command.REGION_WRITE, payload, message.FLAG_NO_REPLY):
             client.send_raw(bytes([byte]))
         assert client.read(BAR0_REGION, 0x1000, 4) == b"abcd"
+
+
+def test_a_reply_to_another_command_ends_the_client_and_whoever_waited_for_it() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        client.map_ram(0, PAGE, shared=False)
+        client.answers_dma = False
+        errors: list[str] = []
+
+        def read() -> None:
+            try:
+                device.memory.read(0, 8)
+            except DmaError as error:
+                errors.append(str(error))
+
+        reading = in_thread(read)
+        while not client.unanswered:
+            client.config(0, 2)
+        ((header, _),) = client.unanswered
+        wrong = header._replace(command=Command.DMA_WRITE)
+        client.send_raw(message.reply(wrong, message.dma_access_payload(0, 8)))
+        reading.join(20)
+        assert errors == ["the vfio-user client is gone"]
+        assert client.closed.wait(20)

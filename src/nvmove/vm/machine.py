@@ -163,15 +163,17 @@ class Machine:
         return self._process
 
     def _on_signals(self) -> None:
-        """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours."""
+        """SIGTERM, SIGINT and SIGHUP end the VM as they end a QEMU: cleanly, its exit status becomes ours.
+
+        However long QEMU takes for it: it may be writing a snapshot, or its images.
+        """
         loop = asyncio.get_running_loop()
         running = asyncio.current_task()
         assert running is not None
-        ending: list[asyncio.Task[int]] = []
 
         def end(number: int) -> None:
             if self._process is not None:
-                ending.append(asyncio.ensure_future(self._process.end()))
+                self._process.terminate()
             elif not self._signal:
                 self._signal = number
                 running.cancel()

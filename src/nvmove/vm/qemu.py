@@ -59,10 +59,14 @@ class QemuProcess:
         """Wait for its end; return the status that nvmove ends with."""
         return exit_status(await self._process.wait())
 
-    async def end(self, seconds: float = _END_SECONDS) -> int:
-        """End it: SIGTERM, with which QEMU shuts down cleanly, and SIGKILL if that takes too long."""
+    def terminate(self) -> None:
+        """Send it SIGTERM: QEMU shuts down cleanly, when it has done what it does; a snapshot may take long."""
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
+
+    async def end(self, seconds: float = _END_SECONDS) -> int:
+        """End a QEMU that has nothing to lose: SIGTERM, and SIGKILL if that takes too long."""
+        self.terminate()
         try:
             return await asyncio.wait_for(self.wait(), seconds)
         except TimeoutError:
