@@ -22,7 +22,7 @@ from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.nvme.config import ControllerConfig
-from nvmove.options.devices import DriveUse, ParsedController, parse_controllers, parse_device
+from nvmove.options.devices import MSG_TIMEOUT, DriveUse, ParsedController, parse_controllers, parse_device
 from nvmove.options.drives import with_device_actions
 from nvmove.options.faults import add_argument, parse_fault
 from nvmove.options.nulls import null_drive
@@ -133,7 +133,8 @@ def _with_write_cache(controller: ParsedController, drives: Mapping[str, DriveCo
 
 def attach_lines(socket: Path, controller: ParsedController) -> str:
     """Return the QEMU arguments that attach the device."""
-    device = {"driver": "vfio-user-pci", "socket": {"type": "unix", "path": str(socket.absolute())}, **controller.pci}
+    address = {"type": "unix", "path": str(socket.absolute())}
+    device = {"driver": "vfio-user-pci", "socket": address, "x-msg-timeout": MSG_TIMEOUT, **controller.pci}
     return (
         "Attach it to a QEMU 10.1 or later whose memory is shared:\n"
         "  -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine memory-backend=ram \\\n"

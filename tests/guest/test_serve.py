@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from nvmove.bench.driver import HostDriver, Job
 from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.leftovers import Surroundings
 from nvmove.lab.machine import Machine, nvmove_command
 from nvmove.lab.processes import Marked, wait_gone
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import make_image
+from tests.waiting import wait
 
 FIO = Fio("v", blocks=1024)
 CHECKSUM = "dd if=/dev/nvme0n1 of=/tmp/read bs=1M count=4 iflag=direct 2>/dev/null && md5sum </tmp/read"
@@ -113,4 +115,24 @@ def test_without_a_client_a_signal_ends_it_and_the_socket_is_gone(tree: Sysroot,
         assert (work / "nvme").is_socket()
         serve.process.send_signal(sig)
         assert serve.wait(20) == 0
+        assert not (work / "nvme").exists()
+
+
+@pytest.mark.both_engines
+def test_a_disk_whose_server_hangs_does_not_keep_it_from_ending(tree: Sysroot, work: Path) -> None:
+    image = make_image(tree, work / "d0.raw", "16M")
+    nbd = [tree.program("qemu-nbd"), "-f", "raw", "-e", "8", "-k", str(work / "nbd"), "-t", str(image)]
+    with started(work, "nbd", *nbd) as server:
+        wait((work / "nbd").is_socket, 60)
+        arguments = serve_arguments(work, f"file=nbd+unix:///?socket={work / 'nbd'}")
+        with started(work, "serve", *arguments) as serve:
+            attach_arguments(serve)
+            with HostDriver.connect(work / "nvme") as driver:
+                driver.make_queues(1)
+                driver.run(Job(count=64))
+                server.process.send_signal(signal.SIGSTOP)
+                reads = time.monotonic() + 0.5  # whatever the device has taken by then is at the server
+                driver.abandon(Job(depth=16, count=16), lambda: time.monotonic() > reads)
+                serve.process.send_signal(signal.SIGTERM)
+                assert serve.wait(60) == 0, serve.tail()
         assert not (work / "nvme").exists()

@@ -57,6 +57,9 @@ class ParsedController:
         return msgspec.structs.replace(self.config, namespaces=namespaces)
 
 
+MSG_TIMEOUT = (1 << 31) - 1
+"""vfio-user-pci's `x-msg-timeout`: milliseconds that QEMU waits for an answer, here for ever. After five seconds, its
+default, it would go on with a reset, and give memory to the guest that a disk still writes to."""
 EUI64_DEFAULT = 0x5254_0000_0000_0000
 """With `eui64-default`: the EUI-64 of QEMU's namespaces, less their number in the order of creation, from 1."""
 

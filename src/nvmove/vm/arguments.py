@@ -15,7 +15,7 @@ import msgspec
 from nvmove.errors import UserError
 from nvmove.options import drives as drive_options
 from nvmove.options import syntax
-from nvmove.options.devices import ParsedController, is_nvme, parse_controllers, parse_device
+from nvmove.options.devices import MSG_TIMEOUT, ParsedController, is_nvme, parse_controllers, parse_device
 from nvmove.options.drives import Drive
 from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
@@ -33,9 +33,6 @@ _REFUSED: Mapping[str, str] = {
     "runas": "QEMU would lose its way to nvmove's sockets; start nvmove as that user",
     "chroot": "QEMU would lose its way to nvmove's sockets",
 }
-_FOR_EVER = (1 << 31) - 1
-"""Milliseconds that QEMU waits for an answer. After five seconds, its default, it would go on with a reset, and give
-memory to the guest that a disk still writes to."""
 _LIFTED = ("S", "loadvm", "incoming")
 _SETTABLE = ("device", "drive", "chardev", "blockdev", "netdev")
 _NO_REFERENCE = frozenset({"id", "driver", "node-name", "serial", "filename", "bus", "addr", "model", "qom-type"})
@@ -304,7 +301,7 @@ def _vfio_user_pci(controller: ParsedController, device: PlannedDevice) -> str:
         "driver": DRIVER,
         "id": device.id,
         "socket": {"type": "unix", "path": str(device.socket)},
-        "x-msg-timeout": _FOR_EVER,
+        "x-msg-timeout": MSG_TIMEOUT,
         **controller.pci,
     }
     return syntax.to_json(values)
