@@ -81,7 +81,8 @@ def test_it_serves_until_a_signal_and_then_nothing_is_left(
     assert words[:4] == ["-object", "memory-backend-memfd,id=ram,size=SIZE,share=on", "-machine", "memory-backend=ram"]
     assert words[4:] == [
         "-device",
-        f'{{"driver": "vfio-user-pci", "socket": {{"type": "unix", "path": "{work}/nvme"}}, "addr": "5"}}',
+        f'{{"driver": "vfio-user-pci", "socket": {{"type": "unix", "path": "{work}/nvme"}}, '
+        '"x-msg-timeout": 2147483647, "addr": "5"}',
     ]
 
 
