@@ -83,7 +83,7 @@ class Traveller:
         answer = wait_status(source.qmp, *ENDED)
         if answer["status"] != "completed":
             raise GuestError(f"the migration {answer['status']}: {answer.get('error-desc')}")
-        wait_run_state(target.qmp, "running", "paused", "io-error")
+        wait_run_state(target.qmp, "running", "paused", "io-error", "suspended")
         self.machine = target
         source.quit()
         return answer

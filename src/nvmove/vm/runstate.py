@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 RUNNING, PAUSED, IO_ERROR = "running", "paused", "io-error"
 """What a VM is to be where its state is loaded: QAPI's RunState, as far as a stopped VM can still be them."""
+SUSPENDED = "suspended"
+"""QAPI's RunState of a guest that sleeps (ACPI S3)."""
 MIGRATING = "There's a migration process in progress"
 """QEMU's words."""
 PAUSE_SLICE = 0.25
@@ -223,6 +225,9 @@ class RunState:
     async def hold(self, *, for_load: bool = False) -> bool:
         """Stop the VM and its devices for an operation; return whether it ran. The caller holds `lock`.
 
+        A suspended VM runs, without its CPUs: QEMU remembers that it is suspended, also in what it saves, and `cont`
+        brings it back into that.
+
         `for_load`: by `loadvm` of a snapshot that does not exist: the VM is stopped then, and nothing else is done.
         Under TCG a guest loaded after a plain `stop` may run stale translated code and crash, in stock QEMU 11.1.3
         too: it seems to drop that code only where a running VM enters the run state restore-vm.
@@ -230,7 +235,7 @@ class RunState:
         if self.migrating:
             raise QmpError("GenericError", MIGRATING)
         status = await self._monitor.execute("query-status")
-        running = bool(status["running"])
+        running = bool(status["running"]) or status["status"] == SUSPENDED
         if running and for_load:
             line = f"loadvm nvmove-no-snapshot-{uuid.uuid4()}"
             await self._monitor.execute("human-monitor-command", {"command-line": line})
