@@ -35,6 +35,8 @@ class Machine:
     `front` stands before QEMU's own command line: empty for QEMU as it is, `nvmove run` otherwise.
     """
 
+    PROGRAM = "qemu-system-x86_64"
+
     def __init__(
         self, directory: Path, sysroot: Sysroot, front: Sequence[str], memory: str = "512M", append: str = QUICK
     ) -> None:
@@ -56,7 +58,7 @@ class Machine:
     def qemu_command(self) -> list[str]:
         """QEMU and the arguments that every VM here has."""
         return [
-            *(self.sysroot.program("qemu-system-x86_64"), "-m", self.memory),
+            *(self.sysroot.program(self.PROGRAM), "-m", self.memory),
             *("-nodefaults", "-display", "none", "-accel", "tcg"),
             *("-serial", f"unix:{self.directory / 'serial'}"),
             *("-qmp", f"unix:{self.directory / 'qmp'},server=on,wait=off"),
@@ -105,7 +107,7 @@ class Machine:
         environment = {
             "XDG_RUNTIME_DIR": str(self.runtime),
             "TMPDIR": str(self.runtime),
-            "NVMOVE_QEMU": self.sysroot.program("qemu-system-x86_64"),
+            "NVMOVE_QEMU": self.sysroot.program(self.PROGRAM),
             "PATH": f"{self.sysroot.path / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         }
         log = self.directory / "log"
@@ -174,3 +176,21 @@ class Machine:
         if self._qmp:
             self._qmp.close()
         self._console = self._qmp = None
+
+
+class ArmMachine(Machine):
+    """A `virt` of QEMU's for arm64, with Debian's kernel, busybox and the NVMe driver in it."""
+
+    PROGRAM = "qemu-system-aarch64"
+
+    @property
+    def qemu_command(self) -> list[str]:
+        """As above."""
+        return [*super().qemu_command, "-M", "virt", "-cpu", "cortex-a57"]
+
+    @property
+    def linux(self) -> list[str]:
+        """As above."""
+        guest = self.sysroot.path / "guest"
+        append = "console=ttyAMA0 quiet panic=-1"
+        return ["-kernel", f"{guest}/arm64-vmlinuz", "-initrd", f"{guest}/arm64-initrd.cpio", "-append", append]
