@@ -274,23 +274,34 @@ def test_reset_is_answered_when_the_device_is_done() -> None:
         assert not resetting.is_alive()
 
 
+def unanswered_read(
+    device: PlainDevice, client: VfioUserClient, size: int = 8
+) -> tuple[Callable[[], None], threading.Thread, list[str]]:
+    """Read guest memory at 0 by message, on a thread; the client has the message and does not answer.
+
+    Returns what reads once more, the thread, and what the reads failed with.
+    """
+    client.answers_dma = False
+    errors: list[str] = []
+
+    def read() -> None:
+        try:
+            device.memory.read(0, size)
+        except DmaError as error:
+            errors.append(str(error))
+
+    reading = in_thread(read)
+    while not client.unanswered:
+        client.config(0, 2)
+    return read, reading, errors
+
+
 def test_reset_fails_dma_by_message_that_the_client_cannot_answer_now() -> None:
     device = PlainDevice()
     device.holds_resets = True
     with connected(device) as client:
         client.map_ram(0, PAGE, shared=False)
-        client.answers_dma = False
-        errors: list[str] = []
-
-        def read() -> None:
-            try:
-                device.memory.read(0, 8)
-            except DmaError as error:
-                errors.append(str(error))
-
-        reading = in_thread(read)
-        while not client.unanswered:
-            client.config(0, 2)
+        read, reading, errors = unanswered_read(device, client)
         resetting = in_thread(client.reset)
         reading.join(5)
         read()
@@ -358,18 +369,7 @@ def test_a_short_dma_answer_is_a_dma_error() -> None:
     device = PlainDevice()
     with connected(device) as client:
         client.map_ram(0, PAGE, shared=False)
-        client.answers_dma = False
-        errors: list[str] = []
-
-        def read() -> None:
-            try:
-                device.memory.read(0, 64)
-            except DmaError as error:
-                errors.append(str(error))
-
-        reading = in_thread(read)
-        while not client.unanswered:
-            client.config(0, 2)
+        _, reading, errors = unanswered_read(device, client, 64)
         client.send_raw(message.reply(client.unanswered[0][0], b"short"))
         reading.join(5)
         assert errors == ["DMA_READ of 64 bytes answered with 0"]
@@ -389,21 +389,10 @@ def test_dma_on_the_control_thread_is_a_defect_that_is_caught(caplog: pytest.Log
 
 def test_when_the_client_goes_waiting_dma_fails_and_all_is_released() -> None:
     device = PlainDevice()
-    errors: list[str] = []
     with connected(device) as client:
         client.map_ram(0, PAGE, shared=False)
         client.map_ram(PAGE, PAGE)
-        client.answers_dma = False
-
-        def read() -> None:
-            try:
-                device.memory.read(0, 8)
-            except DmaError as error:
-                errors.append(str(error))
-
-        reading = in_thread(read)
-        while not client.unanswered:
-            client.config(0, 2)
+        _, reading, errors = unanswered_read(device, client)
         client.close()
         reading.join(5)
         assert errors == ["the vfio-user client is gone"]
@@ -514,18 +503,7 @@ def test_a_reply_to_another_command_ends_the_client_and_whoever_waited_for_it() 
     device = PlainDevice()
     with connected(device) as client:
         client.map_ram(0, PAGE, shared=False)
-        client.answers_dma = False
-        errors: list[str] = []
-
-        def read() -> None:
-            try:
-                device.memory.read(0, 8)
-            except DmaError as error:
-                errors.append(str(error))
-
-        reading = in_thread(read)
-        while not client.unanswered:
-            client.config(0, 2)
+        _, reading, errors = unanswered_read(device, client)
         ((header, _),) = client.unanswered
         wrong = header._replace(command=Command.DMA_WRITE)
         client.send_raw(message.reply(wrong, message.dma_access_payload(0, 8)))
