@@ -21,6 +21,7 @@ from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
+from nvmove.limits import raise_descriptors
 from nvmove.nvme.config import ControllerConfig
 from nvmove.options.devices import MSG_TIMEOUT, DriveUse, ParsedController, parse_controllers, parse_device
 from nvmove.options.drives import with_device_actions
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; a client may come, go and come again."""
+    raise_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
     try:
         controller, drives = _configure(args.device, args.drive)

@@ -13,6 +13,7 @@ import string
 from pathlib import Path
 
 from nvmove.errors import UserError
+from nvmove.limits import restore_descriptors
 
 START_TIMEOUT = 10.0
 """Seconds. The daemon answers in a few milliseconds; a machine under load may take much longer."""
@@ -47,6 +48,7 @@ class BusError(UserError):
 
 def _die_with_parent() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    restore_descriptors()
 
 
 def bus_address(path: str) -> str:
