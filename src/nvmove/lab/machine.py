@@ -182,15 +182,28 @@ class ArmMachine(Machine):
     """A `virt` of QEMU's for arm64, with Debian's kernel, busybox and the NVMe driver in it."""
 
     PROGRAM = "qemu-system-aarch64"
+    ARCHITECTURE = "arm64"
+    """Debian's name."""
+    BOARD: tuple[str, ...] = ("-M", "virt", "-cpu", "cortex-a57")
+    CONSOLE = "ttyAMA0"
 
     @property
     def qemu_command(self) -> list[str]:
         """As above."""
-        return [*super().qemu_command, "-M", "virt", "-cpu", "cortex-a57"]
+        return [*super().qemu_command, *self.BOARD]
 
     @property
     def linux(self) -> list[str]:
         """As above."""
-        guest = self.sysroot.path / "guest"
-        append = "console=ttyAMA0 quiet panic=-1"
-        return ["-kernel", f"{guest}/arm64-vmlinuz", "-initrd", f"{guest}/arm64-initrd.cpio", "-append", append]
+        guest = f"{self.sysroot.path}/guest/{self.ARCHITECTURE}"
+        append = f"console={self.CONSOLE} quiet panic=-1"
+        return ["-kernel", f"{guest}-vmlinuz", "-initrd", f"{guest}-initrd.cpio", "-append", append]
+
+
+class RiscvMachine(ArmMachine):
+    """The same for riscv64."""
+
+    PROGRAM = "qemu-system-riscv64"
+    ARCHITECTURE = "riscv64"
+    BOARD = ("-M", "virt")
+    CONSOLE = "ttyS0"

@@ -1,4 +1,4 @@
-"""A machine that is no PC: arm64's `virt`, whose configuration space is reached by memory (ECAM), not by ports."""
+"""Machines that are no PCs: `virt` of arm64 and riscv64. Configuration space is reached by memory there (ECAM)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvmove.lab.fio import disk_complaints
-from nvmove.lab.machine import ArmMachine, nvmove_command
+from nvmove.lab.machine import ArmMachine, RiscvMachine, nvmove_command
 from nvmove.lab.migration import Traveller
 from nvmove.lab.processes import marked
 from nvmove.lab.sysroot import Sysroot
@@ -19,12 +19,12 @@ READ = "dd if=/dev/nvme0n1 bs=1M count=4 iflag=direct 2>/dev/null | md5sum"
 WRITE = "dd if=/tmp/random of=/dev/nvme0n1 bs=1M oflag=direct 2>/dev/null"
 
 
-@pytest.fixture
-def machines(tree: Sysroot, work: Path) -> Iterator[Callable[[str], ArmMachine]]:
+@pytest.fixture(params=[ArmMachine, RiscvMachine])
+def machines(request: pytest.FixtureRequest, tree: Sysroot, work: Path) -> Iterator[Callable[[str], ArmMachine]]:
     with ExitStack() as cleanup:
 
         def make(name: str) -> ArmMachine:
-            machine = ArmMachine(work / name, tree, [*nvmove_command(), "run"])
+            machine: ArmMachine = request.param(work / name, tree, [*nvmove_command(), "run"])
             cleanup.callback(lambda: marked(machine.mark) == [] or pytest.fail("left running"))
             cleanup.callback(machine.kill)
             return machine
