@@ -158,7 +158,7 @@ def test_a_read_error_pauses_where_rerror_says_so(machine: Machine, tree: Sysroo
     assert io_status(machine) == "failed"
     machine.qmp.execute("nvmove-fault-remove", {"id": rule})
     cont(machine)
-    machine.console.check(f"while [ ! -e {out}.status ]; do sleep 0.1; done", timeout=60)
+    machine.console.check(f"while [ ! -s {out}.status ]; do sleep 0.1; done", timeout=60)
     assert machine.console.check(f"cat {out}.status") == "0"
     assert disk_complaints(machine.console) == []
     assert machine.quit() == 0
