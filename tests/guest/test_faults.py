@@ -67,6 +67,6 @@ def test_a_delay_is_seen_by_the_guest_and_held_requests_go_on(machine: Machine, 
     assert reads(console, BAD + 1), "the queue is not held up"
     assert console.run(f"cat {out}.end").status != 0
     qmp.execute("nvmove-fault-remove", {"id": held})
-    console.check(f"while [ ! -e {out}.end ]; do sleep 0.1; done", timeout=60)
+    console.check(f"while [ ! -s {out}.end ]; do sleep 0.1; done", timeout=60)
     assert disk_complaints(console) == []
     assert machine.quit() == 0

@@ -264,7 +264,7 @@ def test_policies_change_while_the_vm_runs(machine: Machine, tree: Sysroot, work
     # what is held is tried again by the policy of then
     assert qmp.execute("nvmove-set-error-policy", {"device": "d0", "werror": "report"}) == {}
     qmp.execute("cont")
-    console.check("while [ ! -e /tmp/w.status ]; do sleep 0.1; done", timeout=60)
+    console.check("while [ ! -s /tmp/w.status ]; do sleep 0.1; done", timeout=60)
     assert console.check("cat /tmp/w.status") != "0"
     assert qmp.status == "running"
 
