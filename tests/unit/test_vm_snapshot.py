@@ -36,6 +36,8 @@ class FakeQemu:
         self.table = bytearray(TABLE)
         self.takes_table = True
         self.running = True
+        self.status = ""
+        """Its run state, where that is neither running nor paused."""
         self.log: list[str] = []
         self.answers: dict[str, str] = {}
         self.on_hmp: dict[str, Any] = {}
@@ -51,7 +53,10 @@ class FakeQemu:
     async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         self.log.append(name)
         if name == "query-status":
-            return {"running": self.running, "status": "running" if self.running else "paused"}
+            return {
+                "running": self.running and not self.status,
+                "status": self.status or ("running" if self.running else "paused"),
+            }
         if name in {"stop", "cont"}:
             self.running = name == "cont"
             if self.runstate is not None and self.running:
@@ -297,6 +302,43 @@ def test_savevm_stops_pauses_reads_the_table_saves_and_runs_on() -> None:
     assert device.msix_table == TABLE
     assert qemu.running
     assert not device.is_paused
+
+
+STOPPED = (
+    *("prelaunch", "paused", "io-error", "guest-panicked", "watchdog", "debug", "internal-error", "shutdown"),
+    *("postmigrate", "restore-vm", "finish-migrate", "save-vm", "inmigrate", "colo"),
+)
+
+
+@pytest.mark.parametrize("verb", ["savevm t1", "loadvm t1", "snapshot-save", "snapshot-load"])
+@pytest.mark.parametrize("status", ["running", "suspended", *STOPPED])
+def test_each_verb_in_each_run_state_stops_what_runs_and_nothing_else(status: str, verb: str) -> None:
+    """QAPI's RunState, all of it; what QEMU refuses in one of them, it says. A suspended VM runs, without its CPUs."""
+    qemu, device, _, snapshots = setup()
+    qemu.status = "" if status == "running" else status
+    device.is_paused = status in STOPPED
+    seen: list[bool] = []
+
+    def work() -> None:
+        seen.append(device.is_paused)
+        if verb in {"loadvm t1", "snapshot-load"}:
+            loaded(device)
+
+    qemu.on_hmp[verb] = work
+
+    async def job() -> None:
+        await snapshots.job(verb, {"job-id": "j0", "vmstate": "n0", "devices": ["n0"]}, nodes=())
+        work()
+        await snapshots.concluded("j0")
+
+    if verb.startswith("snapshot"):
+        run(job())
+    else:
+        run(snapshots.save(verb) if verb == "savevm t1" else snapshots.load(verb))
+    assert seen == [True], "at rest meanwhile"
+    stops = sum(line in {"stop", "human-monitor-command"} for line in qemu.log)
+    assert (stops, qemu.log.count("cont")) == ((0, 0) if status in STOPPED else (1, 1))
+    assert device.is_paused == (status in STOPPED)
 
 
 def test_savevm_of_a_paused_vm_leaves_it_paused() -> None:
