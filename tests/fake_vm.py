@@ -73,6 +73,7 @@ class FakeProcess:
             "object-add": {},
             "query-named-block-nodes": [],
             "qom-get": self._qom_get,
+            "query-target": {"arch": "x86_64"},
             "query-pci": [{"bus": 0, "devices": [HOST_BRIDGE]}],
             "nbd-server-start": {},
             "block-export-add": {},

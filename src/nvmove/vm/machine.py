@@ -239,9 +239,10 @@ class Machine:
     async def _set_up(self, client: QemuClient, cpu: QTest, monitors: Monitors, bus: VMStateBus) -> None:
         facade = Facade(client)
         try:
-            spaces = await ConfigSpaces.of_machine(cpu, facade.hmp, await facade.execute("query-pci"))
+            target = (await facade.execute("query-target"))["arch"]
+            spaces = await ConfigSpaces.of_machine(cpu, facade.hmp, await facade.execute("query-pci"), target)
         except ReplayError as error:
-            raise UserError(f"{error}: nvmove's disks could not be saved or moved there") from None
+            raise UserError(f"{error}: its disks could not be saved or moved") from None
         own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
         images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)

@@ -1,7 +1,8 @@
 """Where a function sits on the guest's PCI buses, and the accesses to its configuration space that a guest would make.
 
-PCs have the ports 0xcf8 and 0xcfc, all other machines a window of memory (ECAM: PCI Express Base, 7.2.2). Where that
-is, QEMU tells in HMP `info mtree`, and nowhere else for all machines.
+PCs have the ports 0xcf8 and 0xcfc, Arm's and RISC-V's machines a window of memory (ECAM: PCI Express Base, 7.2.2).
+Where that is, QEMU tells in HMP `info mtree`. Other machines may have one of both, and are refused: nobody has tried
+them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ CONFIG_ADDRESS = 0xCF8
 CONFIG_DATA = 0xCFC
 _PORTS = re.compile(r"^ *0*cf8-\w+ .*: pci-conf-idx", re.MULTILINE)
 _WINDOW = re.compile(r"^ *([0-9a-f]+)-[0-9a-f]+ .*: pcie-mmcfg-mmio\s*$", re.MULTILINE)
+_PCS, _WINDOWED = frozenset({"x86_64", "i386"}), frozenset({"aarch64", "riscv64"})
+"""QAPI's SysEmuTarget."""
 _SUFFIXES = {1: "b", 2: "w", 4: "l"}
 
 
@@ -87,17 +90,17 @@ class ConfigSpaces:
 
     @classmethod
     async def of_machine(
-        cls, cpu: Cpu, hmp: Callable[[str], Awaitable[str]], query_pci: list[dict[str, Any]]
+        cls, cpu: Cpu, hmp: Callable[[str], Awaitable[str]], query_pci: list[dict[str, Any]], target: str
     ) -> ConfigSpaces:
-        """Find the way; raises ReplayError where there is none that nvmove can go."""
+        """Find the way on a machine of the architecture `target`; raises ReplayError where nvmove can go none."""
         tree = await hmp("info mtree -f")
         window = _WINDOW.search(tree)
-        if _PORTS.search(tree):
+        if target in _PCS and _PORTS.search(tree):
             found = cls(cpu, None)
-        elif window:
+        elif target in _WINDOWED and window:
             found = cls(cpu, int(window[1], 16))
         else:
-            raise ReplayError("PCI configuration space cannot be reached on this machine")
+            raise ReplayError(f"nvmove does not know how to reach PCI configuration space on this {target} machine")
         root = query_pci[0]["devices"][0]  # functions behind bridges have no place until the guest gives them one
         ident = root["id"]["device"] << 16 | root["id"]["vendor"]
         if await found.read(_address(root), 0, 4) != ident:

@@ -85,9 +85,17 @@ def test_qemu_gets_its_arguments_and_the_way_to_the_devices_state(vm: FakeVm) ->
     state = ["-object", "dbus-vmstate,id=nvmove,addr=unix:path=/a,,b"]
     assert vm.qemu.arguments == ["-M", "q35", "-S", *state]
     slot = ["qom-get", "qom-get", "qom-get"]  # it is closed
-    assert vm.qemu.executed == ["qmp_capabilities", "query-pci", "human-monitor-command", *slot, "cont"]
+    asked = ["query-target", "query-pci", "human-monitor-command"]
+    assert vm.qemu.executed == ["qmp_capabilities", *asked, *slot, "cont"]
     assert vm.bus.idents == ["nvmove/nv0", "nvmove-vm"]
     assert vm.bus.closed
+
+
+def test_a_machine_whose_pci_state_could_not_be_given_back_is_refused_before_it_runs(vm: FakeVm) -> None:
+    vm.answers["query-target"] = {"arch": "riscv64"}
+    why = "nvmove does not know how to reach PCI configuration space on this riscv64 machine"
+    assert refused(vm) == f"{why}: its disks could not be saved or moved"
+    assert "cont" not in vm.qemu.executed
 
 
 def test_with_the_users_own_s_nothing_runs_until_they_say_so(vm: FakeVm) -> None:
