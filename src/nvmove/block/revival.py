@@ -39,7 +39,10 @@ class Revival:
             if self._running or time.monotonic() < self._next:
                 return
             self._running = True
-        threading.Thread(target=self._main, name=self._name, daemon=True).start()
+        try:
+            threading.Thread(target=self._main, name=self._name, daemon=True).start()
+        except RuntimeError as error:  # there is no thread to be had: an attempt that failed
+            self._end(str(error))
 
     def _main(self) -> None:
         said = ""
@@ -47,10 +50,14 @@ class Revival:
             self._attempt()
         except BackendError as error:
             said = str(error)
-            if said != self._said:  # once, however long it lasts
-                _log.warning("%s", error)
         finally:
-            with self._lock:
-                self._said = said
-                self._next = time.monotonic() + (PERIOD if said else self._after_success)
-                self._running = False
+            self._end(said)
+
+    def _end(self, said: str) -> None:
+        """An attempt is over; `said` is why it failed."""
+        if said and said != self._said:  # once, however long it lasts
+            _log.warning("%s", said)
+        with self._lock:
+            self._said = said
+            self._next = time.monotonic() + (PERIOD if said else self._after_success)
+            self._running = False
