@@ -51,7 +51,7 @@ def test_an_impatient_driver_waits_for_a_disk_that_stalls(
 def test_a_reset_waits_for_reads_at_a_disk_that_stalls(
     machine: Machine, tree: Sysroot, work: Path, kind: str, suffix: str
 ) -> None:
-    """For longer than QEMU's own five seconds; nothing of before the reset is written into the next guest's memory."""
+    """For longer than QEMU's own five seconds, which it says nothing of; the guest's disk works after it."""
     machine.boot(["-M", "q35", *disk(make_image(tree, work / f"d0.{suffix}"))])
     qmp, console = machine.qmp, machine.console
     rule = fault(machine, op="read", delay="8s", count=16)
