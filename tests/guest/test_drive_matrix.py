@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nvmove.lab.machine import Machine
-from nvmove.lab.migration import wait_status
+from nvmove.lab.migration import move_by_file
 from nvmove.lab.processes import Marked
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
@@ -57,8 +57,7 @@ def make(tree: Sysroot, work: Path, kind: str) -> str:
         make_image(tree, work / "base.qcow2", "8M")
         words = ["-f", "qcow2", "-b", str(work / "base.qcow2"), "-F", "qcow2", str(image)]
     elif kind == "luks":
-        words = ["-f", "luks", *SECRET[:1], SECRET[1], "-o", "key-secret=key,iter-time=10", str(image), "8M"]
-        words[2:4] = ["--object", SECRET[1]]
+        words = ["-f", "luks", "--object", SECRET[1], "-o", "key-secret=key,iter-time=10", str(image), "8M"]
     else:
         words = ["-f", "raw" if kind in ("raw-in-qemu", "nbd") else kind, str(image), "8M"]
     subprocess.run([tree.program("qemu-img"), "create", "-q", *words], check=True, timeout=60)
@@ -125,12 +124,7 @@ def test_every_disk_starts_is_saved_and_moves(
             assert source.qmp.hmp("loadvm tag") == ""
         else:
             assert "is writable but does not support snapshots" in said
-        stream = work / "stream"
-        source.qmp.execute("migrate", {"uri": f"file:{stream}"})
-        wait_status(source.qmp, "completed")
-        assert source.quit() == 0
         destination = machines("b", "64M")
-        destination.start([*words, "-incoming", f"file:{stream}"])
-        wait_status(destination.qmp, "completed")
+        move_by_file(source, destination, words)
         assert row_of_query_block(destination) == shown
         assert destination.quit() == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvmove.lab.machine import Machine
-from nvmove.lab.migration import wait_run_state, wait_status
+from nvmove.lab.migration import move_by_file, wait_run_state
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import MachineFactory, make_image
 from tests.waiting import wait
@@ -84,11 +84,7 @@ def test_every_verb_in_every_run_state(machines: MachineFactory, tree: Sysroot, 
     assert machine.qmp.status == state
     assert machine.qmp.hmp("loadvm t1") == ""
     assert machine.qmp.status == state
-    machine.qmp.execute("migrate", {"uri": f"file:{work}/stream"})
-    wait_status(machine.qmp, "completed")
-    assert machine.quit() == 0
     other = machines("b", "64M")
-    other.start([*words, "-incoming", f"file:{work}/stream"])
-    wait_status(other.qmp, "completed")
+    move_by_file(machine, other, words)
     wait_run_state(other.qmp, state)
     assert other.quit() == 0

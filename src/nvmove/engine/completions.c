@@ -30,7 +30,7 @@ void announce(struct ring *ring)
     ring->announced_at = now_ns();
     pthread_mutex_lock(&ring->signalling);
     if (ring->interrupt_fd >= 0)
-        write_event(ring->interrupt_fd);
+        write_clients_event(ring->interrupt_fd);
     else
         ring->owed = 1;
     pthread_mutex_unlock(&ring->signalling);

@@ -15,14 +15,19 @@
 void write_event(int fd)
 {
     uint64_t one = 1;
-    struct pollfd room = {.fd = fd, .events = POLLOUT};
 
-    /* Where the counter is full the event is there already. A client whose eventfd this is may have made it one that
-       waits then: O_NONBLOCK is the open file's, which it has too. */
-    if (poll(&room, 1, 0) == 0)
-        return;
+    /* It fails only when the counter is full, and then the event is there already. */
     while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
         ;
+}
+
+void write_clients_event(int fd)
+{
+    struct pollfd room = {.fd = fd, .events = POLLOUT};
+
+    /* The client may have made it one that waits when it is full: O_NONBLOCK is the open file's, which it has too. */
+    if (poll(&room, 1, 0) != 0)
+        write_event(fd);
 }
 
 void wake(struct ring *ring)

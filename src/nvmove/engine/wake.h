@@ -11,6 +11,9 @@
 /* Make an eventfd readable. */
 void write_event(int fd);
 
+/* Signal an eventfd of the client: as write_event, but it never waits for room. */
+void write_clients_event(int fd);
+
 /* Any thread: there is something to look at. */
 void wake(struct ring *ring);
 /* What `wake` has written is read; whatever it was for is still to be looked at. */

@@ -89,6 +89,17 @@ class Traveller:
         return answer
 
 
+def move_by_file(source: Machine, target: Machine, arguments: Sequence[str]) -> None:
+    """Move a VM that was started with `arguments`, through a file; the source has ended, `target` has the VM."""
+    stream = f"file:{target.directory / 'stream'}"
+    source.qmp.execute("migrate", {"uri": stream})
+    wait_status(source.qmp, "completed")
+    if status := source.quit():
+        raise GuestError(f"the source ended with status {status}")
+    target.start([*arguments, "-incoming", stream])
+    wait_status(target.qmp, "completed")
+
+
 class Cable:
     """What lies between source and destination, to be cut: passes on what comes at one Unix socket to another.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from nvmove.options.syntax import Option, parse
+
 _WITH_ARGUMENT = frozenset(
     """
     M accel acpitable action add-fd append audio audiodev bios blockdev boot cdrom chardev chroot compat cpu d debugcon
@@ -59,6 +61,15 @@ def read(arguments: Sequence[str]) -> list[Item]:
 def words(items: Iterable[Item]) -> list[str]:
     """Return the arguments that `items` stand for."""
     return [word for item in items for word in item.words]
+
+
+def machine_options(items: Iterable[Item]) -> list[Option]:
+    """Return what `-M` and `-machine` say, read, in their order; raises OptionError."""
+    return [
+        parse(f"-{item.name}", item.value, implied="type", json_allowed=True)
+        for item in items
+        if item.name in ("M", "machine")
+    ]
 
 
 def wording(items: Iterable[Item]) -> dict[str, str]:

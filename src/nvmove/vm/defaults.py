@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nvmove.options.properties import PROPERTIES, Values
 from nvmove.options.syntax import Option, parse
-from nvmove.vm.argv import Item
+from nvmove.vm.argv import Item, machine_options
 
 Compat = Mapping[str, Mapping[str, str]]
 """Values of properties by devices' types and properties' names."""
@@ -55,12 +55,7 @@ def take(items: Sequence[Item], compat_of: Callable[[str], Compat]) -> tuple[lis
 
 def _versioned_machine(items: Iterable[Item]) -> str:
     """Return the machine type that the user names, if it is a versioned one, `pc-q35-6.1`; else nothing."""
-    types = [
-        parse(f"-{item.name}", item.value, implied="type", json_allowed=True).values.get("type")
-        for item in items
-        if item.name in ("M", "machine")
-    ]
-    named = [str(one) for one in types if one]
+    named = [str(option.values["type"]) for option in machine_options(items) if option.values.get("type")]
     return named[-1] if named and re.search(r"-\d+\.\d+$", named[-1]) else ""
 
 
@@ -69,7 +64,7 @@ def _take(items: Sequence[Item]) -> tuple[list[Item], dict[str, dict[str, str]]]
     kept = []
     found: dict[str, dict[str, str]] = {driver: {} for driver in PROPERTIES}
     for item in items:
-        driver, name, value = _global(item)
+        driver, name, value = read_global(item)
         if driver in found:
             found[driver][name] = value
         else:
@@ -77,7 +72,8 @@ def _take(items: Sequence[Item]) -> tuple[list[Item], dict[str, dict[str, str]]]
     return kept, found
 
 
-def _global(item: Item) -> tuple[str, str, str]:
+def read_global(item: Item) -> tuple[str, str, str]:
+    """Return driver, property and value of a `-global`, in either of its forms; three times nothing for all else."""
     if item.name != "global":
         return "", "", ""
     path, _, value = item.value.partition("=")

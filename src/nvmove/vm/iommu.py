@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nvmove.options import syntax
 from nvmove.options.devices import parse_device
-from nvmove.options.syntax import Option, OptionError, parse
-from nvmove.vm.argv import Item
+from nvmove.options.syntax import Option, OptionError
+from nvmove.vm.argv import Item, machine_options
+from nvmove.vm.defaults import read_global
 
 _TELLS_BY: Mapping[str, str] = {"intel-iommu": "caching-mode", "amd-iommu": "dma-remap"}
 _TELLS_NOTHING = "nvmove's disks cannot work behind this IOMMU: QEMU does not tell them what the guest maps"
@@ -44,16 +45,13 @@ def told(
 def _is_bypassed(items: Sequence[Item]) -> bool:
     """Whether the machine's own PCI bus goes past its IOMMU; refuses a machine whose IOMMU tells nothing."""
     bypassed = False
-    for item in items:
-        if item.name in ("M", "machine"):
-            option = parse(f"-{item.name}", item.value, implied="type", json_allowed=True)
-            for name in _BYPASS:
-                bypassed = syntax.boolean(option, name, bypassed)
-    for item in items:
-        if item.name in ("M", "machine") and not bypassed:
-            option = parse(f"-{item.name}", item.value, implied="type", json_allowed=True)
-            if option.values.get("iommu", "none") != "none":
-                raise OptionError(f"-{item.name} iommu={option.get('iommu')}: {_TELLS_NOTHING}")
+    machine = machine_options(items)
+    for option in machine:
+        for name in _BYPASS:
+            bypassed = syntax.boolean(option, name, bypassed)
+    for option in machine:
+        if not bypassed and option.values.get("iommu", "none") != "none":
+            raise OptionError(f"{option.where.split()[0]} iommu={option.get('iommu')}: {_TELLS_NOTHING}")
     return bypassed
 
 
@@ -82,10 +80,6 @@ def _telling(
 
 
 def _globals(items: Sequence[Item], driver: str) -> dict[str, str]:
-    """Return what `-global` says of a driver, in the form DRIVER.NAME=VALUE."""
-    found = {}
-    for item in items:
-        path, _, value = item.value.partition("=")
-        if item.name == "global" and path.startswith(f"{driver}."):
-            found[path.removeprefix(f"{driver}.")] = value
-    return found
+    """Return what `-global` says of a driver."""
+    said = (read_global(item) for item in items)
+    return {name: value for whose, name, value in said if whose == driver}

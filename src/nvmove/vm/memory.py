@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nvmove.options import syntax
 from nvmove.options.syntax import Option, OptionError, parse
-from nvmove.vm.argv import Item
+from nvmove.vm.argv import Item, machine_options
 
 BACKEND_ID = "nvmove-ram"
 """Names the RAM block in QEMU's stream: never to change."""
@@ -22,9 +22,7 @@ _SHARED_BY_DEFAULT = ("memory-backend-memfd", "memory-backend-shm")
 
 def share(items: Sequence[Item]) -> list[Item]:
     """Return the items with guest RAM shared; raises OptionError when the user's own backend is private."""
-    machine = [
-        parse(f"-{i.name}", i.value, implied="type", json_allowed=True) for i in items if i.name in ("M", "machine")
-    ]
+    machine = machine_options(items)
     backends = [str(option.values["memory-backend"]) for option in machine if "memory-backend" in option.values]
     nodes = [parse("-numa", item.value, implied="type", json_allowed=True) for item in items if item.name == "numa"]
     own = [str(option.values["memdev"]) for option in nodes if "memdev" in option.values] or backends[-1:]

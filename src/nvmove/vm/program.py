@@ -51,7 +51,7 @@ class QemuProgram:
         talk = f'{{"execute":"qmp_capabilities"}}{query}{{"execute":"quit"}}'
         (answers,) = _ask(self.path, [("-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio")], talk)
         for line in answers.splitlines():
-            for found in ((answer := json.loads(line)) and answer.get("return")) or ():
+            for found in json.loads(line).get("return", ()):
                 if found["name"] == machine:
                     return _with_types(found.get("compat-props", ()))
         return {}
