@@ -207,7 +207,7 @@ class NvmeDevice:
         """Take a saved state over; the device must be paused and stays so.
 
         Raises `nvmove.vmstate.schema.StateError` before anything is touched: the state is damaged, contradicts itself,
-        or is another device's.
+        or is another device's; or with the controller as after a reset: a queue has no thread.
         """
         state = vmsd.load(data)
         with self._lock:

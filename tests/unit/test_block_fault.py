@@ -158,6 +158,17 @@ def test_a_delayed_request_comes_later_and_holds_up_no_other(bench: Bench) -> No
     assert bench.rules.remove(short)
 
 
+def test_a_delay_without_a_thread_is_none(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    bench.rules.add(FaultRule(delay=FOREVER))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert bench.begin(Operation.WRITE, 1).calls == [0]
+    assert bench.begin(Operation.WRITE, 1).calls == [], "there are threads again"
+
+
 def test_what_is_delayed_goes_on_when_its_rule_is_removed(bench: Bench) -> None:
     one = bench.rules.add(FaultRule(lbas=(1, 1), delay=FOREVER, errno=errno.EIO))
     bench.rules.add(FaultRule(lbas=(2, 2), delay=FOREVER))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.descriptors import few_descriptors
 from tests.nvme_host import DATA, Host
 from tests.posted import posted
 from tests.waiting import wait
@@ -27,7 +28,7 @@ from nvmove.nvme.spec import DOORBELLS, Nvm
 from nvmove.vfio import message
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION
 from nvmove.vfio.message import Command, RegionAccess
-from nvmove.vfio.receive import PlainReceiver, Receiver
+from nvmove.vfio.receive import LOST, PlainReceiver, Receiver, close_all
 
 TAIL1, HEAD1 = DOORBELLS + 8, DOORBELLS + 12
 
@@ -290,11 +291,16 @@ def send(sock: socket.socket, stream: bytes, edges: list[int]) -> None:
     sock.shutdown(socket.SHUT_WR)
 
 
-def test_the_number_of_descriptors_is_the_protocols() -> None:
-    with wired(Bells()) as wire, open(os.devnull) as null:
-        fds = array.array("i", [null.fileno()] * 32)
+@pytest.mark.parametrize("make", [Bells, PlainReceiver])
+@pytest.mark.parametrize(("sent", "free"), [(32, 64), (1, 0), (16, 3), (16, 16)])
+def test_descriptors_that_cannot_be_had_are_not_passed_over(make: type[Receiver], sent: int, free: int) -> None:
+    """More than the protocol has, or than this process may have open: SCM_RIGHTS is cut short then (unix(7))."""
+    with wired(make()) as wire, open(os.devnull) as null:
+        fds = array.array("i", [null.fileno()] * sent)
         wire.theirs.sendmsg([message.command(1, Command.DMA_MAP)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-        taken = wire.receiver.receive(wire.ours, wire.buffer)
-        assert taken is not None and len(taken) == message.MAX_MSG_FDS
-        for fd in taken:
-            os.close(fd)
+        with few_descriptors(free):
+            taken = wire.receiver.receive(wire.ours, wire.buffer)
+        assert taken is not None
+        had = min(sent, free, message.MAX_MSG_FDS)
+        assert [fd == LOST for fd in taken] == [False] * had + [True] * (had < sent)
+        close_all(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -511,6 +512,27 @@ def test_a_state_that_is_refused_leaves_all_as_it_was(change: Change, message: s
     assert host.controller.save() == before
     host.controller.resume()
     assert host.command(1, Nvm.FLUSH, nsid=1).status == Status.SUCCESS
+
+
+def test_a_state_whose_queue_gets_no_worker_leaves_a_reset_controller_that_can_load_it_later() -> None:
+    host = ready()
+    state = host.save()
+    host.replace()
+    attach = host.engine.attach
+
+    def refuse_second(sqid: int) -> None:
+        if sqid:
+            raise OSError(errno.EAGAIN, "can't start new thread")
+        attach(sqid)
+
+    host.engine.attach = refuse_second  # type: ignore[method-assign]
+    with pytest.raises(StateError, match=r"^a submission queue has no worker: can't start new thread$"):
+        host.controller.load(state)
+    assert not host.controller.sqs and not host.controller.cqs
+    assert (host.csts, host.get(Register.CC)) == (0, 0)
+    host.engine.attach = attach  # type: ignore[method-assign]
+    host.controller.load(state)
+    assert host.controller.save() == state
 
 
 def test_event_requests_without_an_enabled_controller_are_refused() -> None:

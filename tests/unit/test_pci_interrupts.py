@@ -144,6 +144,42 @@ def test_an_unmask_eventfd_unmasks_intx(wires: Wires) -> None:
     assert fired(trigger) == 1
 
 
+def test_an_unmask_eventfd_that_waits_does_not_keep_its_client_from_leaving(
+    wires: Wires, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client has made it one that waits, and reads it between our look and our read."""
+    reads = threading.Event()
+
+    def read(fd: int) -> int:
+        os.set_blocking(fd, True)
+        really_read(fd)
+        reads.set()
+        return really_read(fd)
+
+    really_read = os.eventfd_read
+    monkeypatch.setattr(os, "eventfd_read", read)
+    (unmask,) = wires.connect(INTX, what=IrqWhat.UNMASK)
+    os.eventfd_write(unmask, 1)
+    assert reads.wait(5)
+    leaving = threading.Thread(target=wires.lines.disconnect, daemon=True)
+    leaving.start()
+    leaving.join(5)
+    assert not leaving.is_alive()
+
+
+def test_an_unmask_eventfd_without_a_thread_is_refused_and_closed(
+    wires: Wires, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="can't start new thread"):
+        wires.connect(INTX, what=IrqWhat.UNMASK)
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 1  # the client's own end
+
+
 def test_disabling_intx_takes_all_its_eventfds(wires: Wires) -> None:
     (trigger,) = wires.connect(INTX)
     wires.connect(INTX, what=IrqWhat.UNMASK)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from tests.descriptors import few_descriptors
 from tests.vfio_peer import PlainDevice, connected, served
 
 from nvmove.nvme.seams import DmaError, Segment
@@ -475,6 +476,29 @@ def test_descriptors_that_a_message_need_not_carry_are_closed(code: int, payload
         assert os.read(read, 1) == b""  # nobody has the other end
         for fd in (read, ram):
             os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("code", "payload"),
+    [
+        (Command.DMA_MAP, message.dma_map_payload(message.DmaMap(PAGE, PAGE, 0, True, True))),
+        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, EVENTFDS, MSIX, 0, 1)),
+        (Command.DMA_UNMAP, message.dma_unmap_payload(message.DmaUnmap(0, PAGE, False))),
+    ],
+)
+def test_a_message_whose_descriptor_is_lost_is_refused_where_it_needs_it(code: Command, payload: bytes) -> None:
+    """Memory would be reached by message for ever, an interrupt be taken away: the client must know."""
+    device = PlainDevice()
+    with connected(device) as client, open(os.devnull) as null:
+        client.map_ram(0, PAGE)
+        mapped = device.memory.ranges()
+        with few_descriptors(0):
+            if code is Command.DMA_UNMAP:
+                client.call(code, payload, [null.fileno()])
+                return
+            refused(errno.EMFILE, lambda: client.call(code, payload, [null.fileno()]))
+        assert device.memory.ranges() == mapped
+        assert not device.interrupts.msix_enabled
 
 
 def test_descriptors_with_a_payload_are_closed() -> None:

@@ -32,17 +32,25 @@ class Delays:
         self._closed = False
 
     def add(self, seconds: float, group: int, go: Callable[[], None]) -> None:
-        """Run `go` in `seconds`; after `close`, now."""
+        """Run `go` in `seconds`; now after `close`, or where there is no thread to wait in."""
         with self._condition:
-            if not self._closed:
+            if not self._closed and self._has_thread():
                 self._order += 1
                 heapq.heappush(self._waiting, _Work(time.monotonic() + seconds, self._order, group, go))
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
-                    self._thread.start()
                 self._condition.notify()
                 return
         go()
+
+    def _has_thread(self) -> bool:
+        if self._thread is None:
+            thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                log.warning("%s: a request that should be late is not: %s", self._name, error)
+                return False
+            self._thread = thread
+        return True
 
     def hasten(self, group: int) -> None:
         """Let what waits in `group` wait no longer; returns at once."""

@@ -17,6 +17,8 @@ static void keep_fds(struct inbox *inbox, struct msghdr *message)
         memcpy(inbox->fds + inbox->fd_count, CMSG_DATA(part), count * sizeof *inbox->fds);
         inbox->fd_count += (uint32_t)count;
     }
+    if (message->msg_flags & MSG_CTRUNC)
+        inbox->fds[inbox->fd_count++] = INBOX_LOST;
 }
 
 /* Read until `until` bytes are there; as `inbox_fill`. The kernel closes descriptors that come with a payload. */

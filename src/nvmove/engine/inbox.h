@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #define INBOX_MAX_FDS 16 /* vfio/message.py, MAX_MSG_FDS */
+#define INBOX_LOST (-1)  /* in place of those that the kernel could not give us; vfio/receive.py, LOST */
 
 /* vfio-user 0.0: what each message begins with; host order, as everywhere in it. */
 struct header {
@@ -18,7 +19,7 @@ struct inbox {
     int socket;
     uint8_t *buffer;
     size_t size, got; /* of `buffer`, and what is in it so far */
-    int *fds;         /* those that came along: whoever empties the inbox has taken them over */
+    int *fds;         /* those that came along, INBOX_MAX_FDS and INBOX_LOST: who empties the inbox has taken them over */
     uint32_t fd_count;
 };
 

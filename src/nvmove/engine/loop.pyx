@@ -9,8 +9,9 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from os import close, strerror
+from os import strerror
 from nvmove.nvme.seams import FailedCommand
+from nvmove.vfio.receive import close_all
 
 cdef extern from "bells.h" nogil:
     cdef enum reader:
@@ -163,6 +164,10 @@ cdef extern from "bells.h" nogil:
     void bells_destroy(c_bells *bells)
     int bells_hang(c_bells *bells, uint32_t cell, c_ring *ring)
 
+cdef extern from "inbox.h" nogil:
+    enum:
+        INBOX_MAX_FDS
+
 cdef extern from "receive.h" nogil:
     int receive(c_bells *bells, int fd, uint8_t *buffer, size_t size, int *fds, uint32_t *fd_count)
 
@@ -233,7 +238,7 @@ cdef class Bells:
     def receive(self, sock, buffer):
         """As `nvmove.vfio.receive.Receiver`."""
         cdef int fd = sock.fileno()
-        cdef int fds[16]
+        cdef int fds[INBOX_MAX_FDS + 1]
         cdef uint32_t fd_count = 0
         cdef uint8_t *memory = <uint8_t *>address(buffer)
         cdef size_t size = len(buffer)
@@ -243,8 +248,7 @@ cdef class Bells:
         found = [fds[index] for index in range(fd_count)]
         if result > 0:
             return found
-        for descriptor in found:
-            close(descriptor)
+        close_all(found)
         if result < 0:
             raise OSError(-result, strerror(-result))
         return None

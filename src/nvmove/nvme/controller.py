@@ -29,7 +29,7 @@ from nvmove.nvme.activity import Activity, Callback, call
 from nvmove.nvme.command import Command
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.doorbells import Doorbells, Place
-from nvmove.nvme.errors import CommandError
+from nvmove.nvme.errors import CommandError, StateError
 from nvmove.nvme.events import EventQueue
 from nvmove.nvme.features import Features
 from nvmove.nvme.leases import Leases
@@ -519,13 +519,18 @@ class Controller:
     def load(self, state: ControllerState) -> None:
         """Take `state` over; the controller must be paused and idle, and stays paused.
 
-        Raises StateError, which names the field, before anything is touched.
+        Raises StateError, which names the field, before anything is touched; or, with the controller as after a reset,
+        where there is no thread for a queue.
         """
         with self.lock:
             self._require_idle("load")
             saving.check(self, state)
             call(self._start_reset(lambda: None))
-            saving.load(self, state)
+            try:
+                saving.load(self, state)
+            except OSError as error:
+                self.reset(lambda: None)
+                raise StateError(f"a submission queue has no worker: {error.strerror}") from None
 
     def _require_idle(self, verb: str) -> None:
         if not self.paused or self.activity.count:

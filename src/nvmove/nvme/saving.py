@@ -113,9 +113,10 @@ def _save_cq(cq: CompletionQueue) -> CompletionQueueState:
 
 
 def load(controller: Controller, state: ControllerState) -> None:
-    """Take over `state`, which was checked, in a controller without queues. With the lock held."""
-    adopted = {name: getattr(state.identity, name) for name in ADOPTED}
-    controller.config = msgspec.structs.replace(controller.config, dbcs=state.doorbells.dbcs, **adopted)
+    """Take over `state`, which was checked, in a controller without queues. With the lock held.
+
+    Raises OSError when a queue's worker cannot be had; part of the queues are there then.
+    """
     registers = controller.registers
     registers.cc, registers.csts, registers.intms = state.cc, state.csts, state.intms
     registers.aqa, registers.asq, registers.acq = state.aqa, state.asq, state.acq
@@ -131,6 +132,8 @@ def load(controller: Controller, state: ControllerState) -> None:
         sq = controller.sqs[held.sqid]
         sq.hold(HeldCommand(sq.fetched, held.sqe, ready=held.aborted, aborted=held.aborted))
         sq.fetched += 1
+    adopted = {name: getattr(state.identity, name) for name in ADOPTED}
+    controller.config = msgspec.structs.replace(controller.config, dbcs=state.doorbells.dbcs, **adopted)
     controller.doorbells.load(state.doorbells)
     controller.events.load(state.events)
     controller.features.load(state.features)

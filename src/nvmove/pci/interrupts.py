@@ -262,16 +262,27 @@ class _Unmasker:
     """A client that lets the kernel acknowledge INTx (KVM's resamplefd) unmasks by eventfd: a thread waits for it."""
 
     def __init__(self, fd: int, unmask: Callable[[], None]) -> None:
+        """Takes `fd` over. Raises OSError, with it closed: there is no thread to be had, or no descriptor."""
         self._fd = fd
-        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._unmask = unmask
         self._thread = threading.Thread(target=self._run, name="intx-unmask", daemon=True)
-        os.set_blocking(fd, False)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, fd)
+            self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+            undo.callback(os.close, self._stop)
+            os.set_blocking(fd, False)
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
+            undo.pop_all()
 
     def close(self) -> None:
         os.eventfd_write(self._stop, 1)
-        self._thread.join()
+        self._thread.join(0.1)
+        while self._thread.is_alive():  # it waits in its read: the client has made that wait, and was there before it
+            _notify(self._fd)
+            self._thread.join(0.1)
         _close((self._fd, self._stop))
 
     def _run(self) -> None:

@@ -64,7 +64,7 @@ class Migrated(Protocol):
         """Return the state of the paused device."""
 
     def load(self, data: bytes) -> None:
-        """Take a state over; raise `nvmove.vmstate.schema.StateError`, with nothing touched, when it cannot."""
+        """Take a state over; raise `nvmove.vmstate.schema.StateError` when it cannot."""
 
     def log_dirty(self, log: DirtyLog | None) -> None:
         """Log from now on what the device writes to guest memory; None: no more."""
@@ -259,18 +259,13 @@ def path(start: State, target: State) -> list[State] | None:
 
 
 class _Jobs:
-    """Runs what it is given on one thread, in order. The thread is there from the first job to `close`."""
+    """Runs what it is given on one thread, in order. The thread is there from the start: a reset must not lack it."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        threading.Thread(target=self._run, name="migration", daemon=True).start()
 
     def add(self, job: Callable[[], None]) -> None:
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="migration", daemon=True)
-                self._thread.start()
         self._queue.put(job)
 
     def close(self) -> None:

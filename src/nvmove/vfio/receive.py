@@ -1,7 +1,8 @@
 """Takes one message after the other off a client's socket.
 
 Messages are read exactly, header then payload, so descriptors that arrive belong to the message being read. The kernel
-closes those that come with a payload, or beyond `MAX_MSG_FDS`.
+closes those that come with a payload. In place of what it could not give us (we have too many open, or it is more than
+`MAX_MSG_FDS`) there is `LOST`, once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 from nvmove.vfio import message
 
+LOST = -1
 _ANCILLARY_SIZE = socket.CMSG_SPACE(message.MAX_MSG_FDS * array.array("i").itemsize)
 
 
@@ -22,7 +24,8 @@ class Receiver(Protocol):
     def receive(self, sock: socket.socket, buffer: memoryview) -> list[int] | None:
         """Wait for a message and put it into `buffer`, of `MAX_MESSAGE_SIZE`; return its descriptors, now the caller's.
 
-        None when the stream has ended; a header that `parse_header` refuses comes alone. Raises OSError.
+        The last is `LOST` where there were more. None when the stream has ended; a header that `parse_header` refuses
+        comes alone. Raises OSError.
         """
 
 
@@ -40,8 +43,7 @@ class PlainReceiver:
                     return taken
             return None
         finally:
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
 
 
 def _fill(sock: socket.socket, buffer: memoryview, fds: list[int] | None) -> bool:
@@ -51,8 +53,10 @@ def _fill(sock: socket.socket, buffer: memoryview, fds: list[int] | None) -> boo
         if fds is None:
             count = sock.recv_into(buffer[done:])
         else:
-            count, ancillary, _, _ = sock.recvmsg_into([buffer[done:]], _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
+            count, ancillary, flags, _ = sock.recvmsg_into([buffer[done:]], _ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC)
             fds.extend(_descriptors(ancillary))
+            if flags & socket.MSG_CTRUNC:
+                fds.append(LOST)
         if not count:
             return False
         done += count
@@ -65,3 +69,11 @@ def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
     return fds.tolist()
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors as they were received, and empty the list."""
+    while fds:
+        fd = fds.pop()
+        if fd != LOST:
+            os.close(fd)

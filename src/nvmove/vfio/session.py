@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from nvmove.vfio.device import (
 )
 from nvmove.vfio.dma import DmaChannel
 from nvmove.vfio.message import Command, Header, RegionAccess, RequestError
+from nvmove.vfio.receive import LOST, close_all
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Session:
         if not header.is_reply:
             self._command(header, payload, fds)
             return
-        _close(fds)
+        close_all(fds)
         if self._channel is None:
             raise message.StreamError(f"reply to command {header.command} that was not sent")
         self._channel.answer(header, payload)
@@ -113,10 +113,12 @@ class Session:
             if self._channel is None and header.command not in _BEFORE_VERSION:
                 raise RequestError(errno.EINVAL, f"{Command(header.command).name} before VERSION")
             if header.command not in _WITH_DESCRIPTORS:
-                _close(fds)  # SPDK's client sends memory's descriptor with DMA_UNMAP too
+                close_all(fds)  # SPDK's client sends memory's descriptor with DMA_UNMAP too
+            elif LOST in fds:
+                raise RequestError(errno.EMFILE, "a descriptor was not received: too many open files")
             return handler(header, payload, fds)
         finally:
-            _close(fds)  # what the handler did not take; before the answer, so that a client can rely on it
+            close_all(fds)  # what the handler did not take; before the answer, so that a client can rely on it
 
     def _refuse(self, header: Header, code: int, reason: str) -> None:
         self._refusals += 1
@@ -263,11 +265,6 @@ class Session:
 
         channel.refuse("the device is being reset")
         reset(done)
-
-
-def _close(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
 
 
 def _irq_action(request: message.IrqSet, fds: list[int]) -> IrqAction:

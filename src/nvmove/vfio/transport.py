@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nvmove.vfio import message
 from nvmove.vfio.device import Device
-from nvmove.vfio.receive import PlainReceiver, Receiver
+from nvmove.vfio.receive import PlainReceiver, Receiver, close_all
 from nvmove.vfio.session import Session
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ class Connection:
         try:
             header = message.parse_header(self._buffer[: message.HEADER_SIZE])
         except message.StreamError:
-            for fd in fds:
-                os.close(fd)
+            close_all(fds)
             raise
         self._session.handle(header, self._buffer[message.HEADER_SIZE : header.size], fds)
         return True
