@@ -16,6 +16,7 @@ What a write of CC does (Base 3.1.3.5, 3.5, 3.6, 3.7.2):
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -371,7 +372,7 @@ class Controller:
         # Such completions are a courtesy (Base 5.7): what finds the completion queue full does without.
         count = sq.cq.reserve(len(sq.held))
         self.activity.enter(sq, count)
-        orphans = [Command(self, sq, held.sqe, held.order) for held in sq.held[:count]]
+        orphans = [Command(self, sq, held.sqe, held.order) for held in itertools.islice(sq.held, count)]
         sq.held.clear()
         if not sq.in_flight:
             return [done]
@@ -415,12 +416,10 @@ class Controller:
     def abort_held(self, sq: SubmissionQueue, cid: int) -> bool:
         """Let the held command `cid` of `sq` complete as aborted; return whether there was one."""
         with self.lock:
-            found = next((held for held in sq.held if held.cid == cid), None)
-            if found is None:
-                return False
-            found.ready = found.aborted = True
-            self.engine.kick(sq.sqid)
-            return True
+            found = sq.held.abort(cid)
+            if found:
+                self.engine.kick(sq.sqid)
+            return found
 
     def park(self, command: Command) -> None:
         """Let an Asynchronous Event Request wait: it holds no permit and is not in flight any more."""
@@ -493,8 +492,7 @@ class Controller:
         """
         with self.lock:
             for sq in self.sqs.values():
-                for held in sq.held:
-                    held.ready = True
+                sq.held.let_go()
             if not self.paused:
                 self._kick_all()
                 return

@@ -25,7 +25,8 @@ from nvmove.nvme.activity import Callback, call
 from nvmove.nvme.batch import Failure
 from nvmove.nvme.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
-from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
+from nvmove.nvme.held import HeldCommand
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import (
     WRITTEN_PAGE,
     Borrower,
@@ -309,10 +310,10 @@ class Leases:
                 lost.append((held.order, sqe, functools.partial(_fail, code)))
             elif controller.sqs.get(sq.sqid) is not sq:
                 lost.append((held.order, sqe, functools.partial(_refuse, Status.ABORTED_SQ_DELETION)))
-            elif any(held.cid == other.cid for other in sq.held):
+            elif held.cid in sq.held:
                 lost.append((held.order, sqe, functools.partial(_refuse, Status.COMMAND_ID_CONFLICT)))
             elif not controller.registers.shutdown_status:  # a shutdown drops what is held
-                sq.hold(held)
+                sq.held.add(held)
         count = sq.cq.reserve(len(lost))
         controller.activity.enter(sq, count)
         return [functools.partial(end, Command(controller, sq, sqe, order)) for order, sqe, end in lost[:count]]

@@ -9,11 +9,11 @@ are counted, written and signalled one after the other, so that what is signalle
 
 from __future__ import annotations
 
-import bisect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from nvmove.nvme.held import HeldCommands
 from nvmove.nvme.seams import Borrower
 from nvmove.nvme.spec import CQE_SIZE, SQE_SIZE
 
@@ -89,24 +89,6 @@ class CompletionQueue:
 
 
 @dataclass(slots=True, eq=False)
-class HeldCommand:
-    """All that is kept of a command that failed and is to be tried again: no memory, no permit, nothing in flight."""
-
-    order: int
-    """Which command of its queue it was: they are tried again in this order."""
-    sqe: bytes
-    ready: bool = False
-    """Its turn has come: the VM ran again since it failed, or an Abort hit it."""
-    aborted: bool = False
-    """An Abort hit it: it completes as aborted instead."""
-
-    @property
-    def cid(self) -> int:
-        """Its command id (SQE, bytes 2 and 3)."""
-        return int.from_bytes(self.sqe[2:4], "little")
-
-
-@dataclass(slots=True, eq=False)
 class SubmissionQueue:
     """A submission queue: the controller owns `head`, the host `tail`."""
 
@@ -126,8 +108,7 @@ class SubmissionQueue:
     """Entries fetched since it was created: tells a ring position from the same one a round later."""
     aborted: set[int] = field(default_factory=set)
     """Ring positions, between head and tail, that an Abort hit: they complete as aborted when they are fetched."""
-    held: list[HeldCommand] = field(default_factory=list)
-    """Commands that failed at the back end and wait to be tried again, in the order they were submitted."""
+    held: HeldCommands = field(default_factory=HeldCommands)
     on_idle: Callable[[], None] | None = None
     """Set while a Delete I/O Submission Queue waits for what is in flight."""
     borrower: Borrower | None = None
@@ -165,24 +146,6 @@ class SubmissionQueue:
         self.head = (self.head + count) % self.size
         self.fetched += count
         return hits
-
-    @property
-    def ready(self) -> int:
-        """Held commands whose turn has come."""
-        return sum(held.ready for held in self.held)
-
-    def hold(self, command: HeldCommand) -> None:
-        """Keep a command in its place."""
-        bisect.insort(self.held, command, key=lambda held: held.order)
-
-    def take(self, count: int) -> list[HeldCommand]:
-        """Remove the first `count` held commands whose turn has come, and return them."""
-        taken: list[HeldCommand] = []
-        rest: list[HeldCommand] = []
-        for held in self.held:
-            (taken if held.ready and len(taken) < count else rest).append(held)
-        self.held = rest
-        return taken
 
     def runs(self) -> list[tuple[int, int]]:
         """Return the waiting entries as runs of guest memory: address and count."""

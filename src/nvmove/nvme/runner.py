@@ -15,7 +15,8 @@ from nvmove.nvme import admin, io, shutdown
 from nvmove.nvme.activity import Callback, call
 from nvmove.nvme.command import Command
 from nvmove.nvme.errors import CommandError
-from nvmove.nvme.queue import HeldCommand, SubmissionQueue
+from nvmove.nvme.held import HeldCommand
+from nvmove.nvme.queue import SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import (
     CQE,
@@ -110,9 +111,9 @@ class Runner:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._controller.runs:
                 return []
-            count = sq.cq.reserve(min(sq.ready, BATCH))
+            count = sq.cq.reserve(min(sq.held.ready, BATCH))
             self._activity.enter(sq, count)
-            return [(Command(self._controller, sq, held.sqe, held.order), held.aborted) for held in sq.take(count)]
+            return [(Command(self._controller, sq, held.sqe, held.order), held.aborted) for held in sq.held.take(count)]
 
     def _start(self, sqid: int, limit: int) -> tuple[SubmissionQueue, int, int] | None:
         """Take permits for the next entries of the queue; they count as in flight from now on."""
@@ -120,7 +121,7 @@ class Runner:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._controller.runs:
                 return None
-            if sq.ready:  # they come first, and wait for room in the completion queue
+            if sq.held.ready:  # they come first, and wait for room in the completion queue
                 return None
             if not self._controller.doorbells.is_clear(sq):
                 return None
@@ -207,7 +208,7 @@ class Runner:
             if fate is None:
                 command.completed = True
                 if not self._controller.registers.shutdown_status:  # a shutdown drops what is held
-                    sq.hold(HeldCommand(command.order, command.sqe))
+                    sq.held.add(HeldCommand(command.order, command.sqe))
         if not command.stale:
             announce()
         if fate is not None:
@@ -227,7 +228,7 @@ class Runner:
             return Status.INTERNAL_ERROR
         if self._controller.sqs.get(sq.sqid) is not sq:
             return Status.ABORTED_SQ_DELETION
-        if any(held.cid == command.cid for held in sq.held):
+        if command.cid in sq.held:
             return Status.COMMAND_ID_CONFLICT  # and so there are never more than there are command ids
         return None
 

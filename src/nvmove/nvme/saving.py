@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nvmove.nvme.errors import StateError
-from nvmove.nvme.queue import CompletionQueue, HeldCommand, SubmissionQueue
+from nvmove.nvme.held import HeldCommand
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.registers import Registers
 from nvmove.nvme.spec import (
     CC_WRITABLE,
@@ -130,7 +131,7 @@ def load(controller: Controller, state: ControllerState) -> None:
         sq.head, sq.tail, sq.aborted = sub.head, sub.tail, set(sub.aborted)
     for held in state.held:
         sq = controller.sqs[held.sqid]
-        sq.hold(HeldCommand(sq.fetched, held.sqe, ready=held.aborted, aborted=held.aborted))
+        sq.held.add(HeldCommand(sq.fetched, held.sqe, ready=held.aborted, aborted=held.aborted))
         sq.fetched += 1
     adopted = {name: getattr(state.identity, name) for name in ADOPTED}
     controller.config = msgspec.structs.replace(controller.config, dbcs=state.doorbells.dbcs, **adopted)
