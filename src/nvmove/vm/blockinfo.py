@@ -10,7 +10,8 @@ from typing import Any
 from nvmove.block.backend import Backend
 from nvmove.block.config import DriveConfig
 from nvmove.nvme.counters import Counters
-from nvmove.vm.iostatus import OK, IoStatus
+from nvmove.vm.iostatus import IoStatus
+from nvmove.vm.machinestate import OK
 
 
 @dataclass(frozen=True, slots=True)

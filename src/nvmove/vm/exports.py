@@ -19,8 +19,7 @@ from pathlib import Path
 from nvmove.block.backend import Backend
 from nvmove.block.config import OpenOptions
 from nvmove.block.nbd import open_nbd
-from nvmove.vm.monitor import QmpError
-from nvmove.vm.runstate import Monitor
+from nvmove.vm.monitor import Monitor, QmpError
 
 log = logging.getLogger(__name__)
 

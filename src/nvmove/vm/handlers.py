@@ -1,4 +1,4 @@
-"""The commands that nvmove's monitor answers itself, or does something around: they go into the facade's tables."""
+"""Commands that stop, start, save and load the VM: nvmove does something around QEMU's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nvmove.vm import blockinfo
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.exports import current_nodes
 from nvmove.vm.monitor import Facade, QmpError
 from nvmove.vm.qtest import ReplayError
 from nvmove.vm.runstate import RunState
@@ -20,16 +17,14 @@ Out = Callable[[str], None]
 
 
 class Handlers:
-    """One VM's own commands."""
+    """One VM's run state and snapshots, as its monitors have them."""
 
-    def __init__(self, facade: Facade, runstate: RunState, snapshots: Snapshots, drives: Sequence[ServedDrive]) -> None:
+    def __init__(self, facade: Facade, runstate: RunState, snapshots: Snapshots, own_nodes: Sequence[str]) -> None:
+        """`own_nodes`: names that a client may give to disks which are no nodes of QEMU's."""
         self._facade = facade
         self._runstate = runstate
         self._snapshots = snapshots
-        self._drives = drives
-        self._own_nodes = tuple(
-            name for drive in drives if not drive.in_qemu for name in (drive.node, drive.name) if name
-        )
+        self._own_nodes = own_nodes
         self._tasks: set[asyncio.Task[None]] = set()
 
     def register(self) -> None:
@@ -45,9 +40,7 @@ class Handlers:
         for name in ("snapshot-save", "snapshot-load"):
             facade.handlers[name] = functools.partial(self._snapshot_job, name)
         facade.handlers["query-jobs"] = self._query_jobs
-        facade.handlers["query-block"] = self._query_block
-        facade.hmp_handlers["info block"] = self._info_block
-        facade.commands.concurrent |= {"query-jobs", "query-block", "info block"}
+        facade.commands.concurrent.add("query-jobs")
         facade.on_event("STOP", self._follow)
         facade.on_event("RESUME", self._follow)
         facade.filters.append(self._hold_conclusion)
@@ -119,43 +112,3 @@ class Handlers:
 
         self._start(conclude())
         return []
-
-    # --- block devices -----------------------------------------------------------------------------------------------
-
-    async def _query_block(self, facade: Facade, _arguments: dict[str, Any]) -> Any:
-        answer = await facade.execute("query-block")
-        nodes = await self._unnamed_nodes(facade)
-        if nodes:
-            known = {info["node-name"]: info for info in await facade.execute("query-named-block-nodes")}
-            found = {export: known[node] for export, node in nodes.items() if node in known}
-            return blockinfo.complete(answer, self._drives, found)
-        return blockinfo.complete(answer, self._drives)
-
-    async def _unnamed_nodes(self, facade: Facade) -> dict[str, str]:
-        """Return the current nodes of the drives that QEMU shows to nobody, by their exports."""
-        unnamed = {drive.export for drive in blockinfo.unnamed(self._drives)}
-        if not unnamed:
-            return {}
-        return {export: node for export, node in (await current_nodes(facade)).items() if export in unnamed}
-
-    async def _info_block(self, facade: Facade, arguments: str, _out: Out) -> str:
-        words = arguments.split()
-        names = [word for word in words if not word.startswith("-")]
-        only = names[0] if names else None
-        verbose = any(word.startswith("-") and "v" in word for word in words)
-        if any(word.startswith("-") and "n" in word for word in words):
-            return await facade.hmp(f"info block {arguments}")
-        own = [drive for drive in self._drives if not drive.in_qemu]
-        if only is not None and any(only in {drive.name, drive.node} for drive in own):
-            text = ""
-        else:
-            text = await facade.hmp(f"info block {arguments}".strip())
-        nodes = await self._unnamed_nodes(facade)
-        for drive in blockinfo.unnamed(self._drives):
-            node = nodes.get(drive.export, "")
-            if only is None and node:
-                shown = await facade.hmp(f"info block {'-v ' if verbose else ''}{node}")
-                text += ("\r\n" if text else "") + blockinfo.attach(shown, drive)
-            elif only == node:
-                text = blockinfo.attach(text, drive)
-        return blockinfo.complete_text(text, self._drives, only, verbose)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from nvmove.vm.commands import ALIASES
 from nvmove.vm.lineedit import LineEditor
-from nvmove.vm.monitor import Facade, QmpError
+from nvmove.vm.monitor import ALIASES, Facade, QmpError
 from nvmove.vm.stream import ByteStream
 
 _CPU = re.compile(r"\s*cpu\s+(\d+)\s*$")

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nvmove.block.policy import DriveErrors, ErrorPolicy
-
-OK, NO_SPACE, FAILED = "ok", "nospace", "failed"
-"""QAPI's BlockDeviceIoStatus."""
+from nvmove.vm.machinestate import FAILED, NO_SPACE, OK
 
 
 @dataclass(slots=True)

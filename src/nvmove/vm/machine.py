@@ -51,6 +51,7 @@ from nvmove.vm.pciaddress import ConfigSpaces
 from nvmove.vm.plan import DRIVER, Plan, PlannedDrive
 from nvmove.vm.qemuerrors import ErrorRelay, Wording
 from nvmove.vm.qtest import QTest, ReplayError
+from nvmove.vm.queryblock import QueryBlock
 from nvmove.vm.resize import Disk, Resizable, Resize
 from nvmove.vm.runstate import RunState
 from nvmove.vm.serving import Monitors
@@ -255,7 +256,9 @@ class Machine:
         unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
         snapshots = Snapshots(facade, spaces, runstate, self._devices, unsaveable, bus)
         snapshots.on_load.append(slots.after_load)
-        Handlers(facade, runstate, snapshots, served).register()
+        own_nodes = [name for one in served if not one.in_qemu for name in (one.node, one.name) if name]
+        Handlers(facade, runstate, snapshots, own_nodes).register()
+        QueryBlock(facade, served).register()
         BlockStats(facade, served).register()
         Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
         if exports:

@@ -7,15 +7,24 @@ it knows nothing of `io-error`, into which nvmove's devices bring the VM. Format
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from nvmove.vm.iostatus import FAILED, NO_SPACE, OK, IoStatus
 from nvmove.vm.runstate import IO_ERROR, PAUSED, RUNNING
 from nvmove.vmstate import stream
 from nvmove.vmstate.machine import IDENT, VM
 from nvmove.vmstate.schema import StateError
 
+OK, NO_SPACE, FAILED = "ok", "nospace", "failed"
+"""QAPI's BlockDeviceIoStatus."""
+
 Namespace = tuple[str, int]
 """Device id and namespace id."""
+
+
+class Status(Protocol):
+    """A drive's `io-status`."""
+
+    value: str
 
 
 class MachineState:
@@ -25,12 +34,12 @@ class MachineState:
         """`devices`: the ids of all that nvmove serves."""
         self._devices = sorted(devices)
         self._run_state: Callable[[], str] = lambda: PAUSED
-        self._drives: Mapping[Namespace, IoStatus] = {}
+        self._drives: Mapping[Namespace, Status] = {}
         self.loaded: str | None = None
         """The run state of the state that was loaded last; None before."""
         self._statuses: dict[Namespace, str] = {}
 
-    def connect(self, run_state: Callable[[], str], drives: Mapping[Namespace, IoStatus]) -> None:
+    def connect(self, run_state: Callable[[], str], drives: Mapping[Namespace, Status]) -> None:
         """The VM is there: what tells its run state, and its drives' io-status."""
         self._run_state = run_state
         self._drives = drives

@@ -11,13 +11,11 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, Message, QMPClient, StateError
 from qemu.qmp.qmp_client import BadReplyError
-
-from nvmove.vm.commands import Commands
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +38,13 @@ class QmpError(Exception):
 
 class QemuGone(Exception):
     """The connection to QEMU ended: it has quit, or died."""
+
+
+class Monitor(Protocol):
+    """QEMU's monitor, for whoever runs its commands only."""
+
+    async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run a QMP command of QEMU's."""
 
 
 class QemuClient(QMPClient):
@@ -85,6 +90,39 @@ class QemuClient(QMPClient):
                 await asyncio.sleep(0.005)
             self.send_fd_scm(fd)
             return await self.execute(cmd, arguments)
+
+
+Handler = Callable[["Facade", dict[str, Any]], Awaitable[Any]]
+"""A QMP command of ours: gets its arguments, returns the value of "return", raises QmpError."""
+
+HmpHandler = Callable[["Facade", str, Callable[[str], None]], Awaitable[str]]
+"""An HMP command of ours: gets the rest of the line and `out`, which prints at once; returns the rest of its output."""
+
+# HMP's other names of commands (QEMU 11.1: `help`).
+ALIASES = {"?": "help", "c": "cont", "p": "print", "q": "quit", "s": "stop"}
+
+
+class Commands:
+    """Which commands are ours: the tables of QMP and HMP handlers. All others are forwarded to QEMU."""
+
+    def __init__(self) -> None:
+        self.qmp: dict[str, Handler] = {}
+        self.hmp: dict[str, HmpHandler] = {}
+        self.concurrent: set[str] = {"human-monitor-command", "quit"}
+        """QMP handlers that need not wait for another one to finish."""
+
+    def find_hmp(self, line: str) -> tuple[str, HmpHandler, str] | None:
+        """Return name, handler and arguments of an HMP line that is ours; `info x` is found under "info x"."""
+        words = line.strip().split(None, 1)
+        if not words:
+            return None
+        name = ALIASES.get(words[0], words[0])
+        rest = words[1] if len(words) > 1 else ""
+        if name == "info" and rest:
+            topic, _, rest = rest.partition(" ")
+            name = f"info {topic}"
+        handler = self.hmp.get(name)
+        return None if handler is None else (name, handler, rest.strip())
 
 
 # Which acquisition of the facade's handler lock the current task runs under.

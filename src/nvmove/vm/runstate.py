@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from nvmove.block.backend import BackendError
 from nvmove.vm.images import Images
-from nvmove.vm.monitor import QemuGone, QmpError
+from nvmove.vm.monitor import Monitor, QemuGone, QmpError
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,6 @@ class Paused(Protocol):
 
     def resume(self) -> None:
         """Go on; does nothing when not paused."""
-
-
-class Monitor(Protocol):
-    """QEMU's monitor."""
-
-    async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a QMP command of QEMU's."""
 
 
 class RunState:

@@ -12,10 +12,11 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
+from nvmove.vm.monitor import Monitor
 from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, find
 from nvmove.vm.qtest import ReplayError
 from nvmove.vm.replay import Replayed, bus_master, read_msix_table, replay
-from nvmove.vm.runstate import Held, Monitor, Paused, RunState
+from nvmove.vm.runstate import Held, Paused, RunState
 from nvmove.vmstate.bus import check_size
 from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.schema import StateError
