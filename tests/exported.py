@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from nvmove.block.config import OpenOptions
-from nvmove.block.nbd import NbdBackend
+from nvmove.block.nbd.backend import NbdBackend
 from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme.config import ControllerConfig

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from nvmove.block import libnbd, linux
+from nvmove.block import linux
 from nvmove.block.backend import Operation, Request
 from nvmove.block.lend import NOTHING, LentExport, LentSpace, Loan
+from nvmove.block.nbd import libnbd
 from nvmove.engine.compiled import run_lent
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pytest
 
 from nvmove.block.config import OpenOptions
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 from nvmove.device import NvmeDevice
 from nvmove.lab.fio import Fio
 from nvmove.lab.machine import Machine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 from nvmove.device import NvmeDevice
 from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.machine import Machine

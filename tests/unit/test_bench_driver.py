@@ -17,7 +17,7 @@ from nvmove.block.backend import Backend, BackendError, Operation, Request
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
 from nvmove.block.null import NullBackend
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 from nvmove.device import NvmeDevice
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 

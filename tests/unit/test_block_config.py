@@ -12,9 +12,9 @@ from tests.nbd_server import Server, serving
 from nvmove.block.backend import BackendError, Operation
 from nvmove.block.config import DriveConfig, OpenOptions
 from nvmove.block.late import LateBackend
-from nvmove.block.nbd import NbdBackend, nbd_unix_uri
+from nvmove.block.nbd.backend import NbdBackend, nbd_unix_uri
 from nvmove.block.open import open_drive
-from nvmove.block.raw import RawBackend, open_raw
+from nvmove.block.raw.backend import RawBackend, open_raw
 
 
 def drive(**options: str) -> DriveConfig:

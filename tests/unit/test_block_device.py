@@ -15,8 +15,8 @@ from tests.block_helpers import MIB, allocated, do, image, read, write
 from nvmove.block import linux
 from nvmove.block.backend import BackendError, Operation
 from nvmove.block.config import OpenOptions
-from nvmove.block.raw import open_raw
-from nvmove.block.space import DeviceSpace
+from nvmove.block.raw.backend import open_raw
+from nvmove.block.raw.space import DeviceSpace
 from nvmove.block.transfer import FileTransfer
 
 

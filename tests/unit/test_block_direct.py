@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from tests.block_helpers import KIB, MIB, aligned, do, image, read, start, write
 
-from nvmove.block import direct, linux
+from nvmove.block import linux
 from nvmove.block.backend import Operation
 from nvmove.block.config import OpenOptions
-from nvmove.block.direct import BusyRanges
-from nvmove.block.raw import RawBackend, open_raw
+from nvmove.block.raw import direct
+from nvmove.block.raw.backend import RawBackend, open_raw
+from nvmove.block.raw.direct import BusyRanges
 
 DIRECT = OpenOptions(direct=True)
 

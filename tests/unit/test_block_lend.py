@@ -15,8 +15,8 @@ from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.lend import ASK, NO_SPACE, NOTHING, LentSpace
 from nvmove.block.null import NullBackend
-from nvmove.block.raw import RawBackend, open_raw
-from nvmove.block.space import DeviceSpace
+from nvmove.block.raw.backend import RawBackend, open_raw
+from nvmove.block.raw.space import DeviceSpace
 from nvmove.block.transfer import FileTransfer
 
 ZERO = linux.FALLOC_FL_ZERO_RANGE | linux.FALLOC_FL_KEEP_SIZE

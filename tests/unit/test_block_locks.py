@@ -11,7 +11,7 @@ from tests.block_helpers import do, image, read, tool, write
 
 from nvmove.block.backend import BackendError, Operation
 from nvmove.block.config import OpenOptions
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from tests.block_helpers import KIB, aligned, qemu_nbd, read, start, tool
 from tests.nbd_server import ALL, FUA, TRIM, ZEROES, Server, serving
 
-from nvmove.block import direct, linux
+from nvmove.block import linux
 from nvmove.block.backend import Backend, BackendError, Operation
 from nvmove.block.config import OpenOptions
-from nvmove.block.nbd import nbd_unix_uri, open_nbd
-from nvmove.block.raw import open_raw
+from nvmove.block.nbd.backend import nbd_unix_uri, open_nbd
+from nvmove.block.raw import direct
+from nvmove.block.raw.backend import open_raw
 
 SECTORS = 96
 SIZE = SECTORS * 512

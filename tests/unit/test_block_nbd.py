@@ -17,11 +17,12 @@ import pytest
 from tests.block_helpers import KIB, MIB, aligned, do, read, start, write
 from tests.nbd_server import ALL, FLUSH, FUA, HAS_FLAGS, READ_ONLY, TRIM, ZEROES, Command, Server, serving
 
-from nvmove.block import libnbd, nbd, revival
 from nvmove.block.backend import BackendError, Operation, Request
 from nvmove.block.config import OpenOptions
-from nvmove.block.nbd import NbdBackend, nbd_unix_uri, open_nbd
-from nvmove.block.revival import Revival
+from nvmove.block.nbd import backend as nbd
+from nvmove.block.nbd import libnbd, revival
+from nvmove.block.nbd.backend import NbdBackend, nbd_unix_uri, open_nbd
+from nvmove.block.nbd.revival import Revival
 
 Open = Callable[..., tuple[Server, NbdBackend]]
 

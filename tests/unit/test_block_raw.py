@@ -17,7 +17,7 @@ from tests.block_helpers import KIB, MIB, aligned, allocated, do, image, read, s
 from nvmove.block import linux
 from nvmove.block.backend import BackendError, Operation
 from nvmove.block.config import OpenOptions
-from nvmove.block.raw import RawBackend, open_raw
+from nvmove.block.raw.backend import RawBackend, open_raw
 
 
 @pytest.fixture

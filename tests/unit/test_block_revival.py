@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from nvmove.block import revival
-from nvmove.block.revival import Revival
+from nvmove.block.nbd import revival
+from nvmove.block.nbd.revival import Revival
 
 
 def test_a_thread_that_cannot_start_is_an_attempt_that_failed(

@@ -22,11 +22,12 @@ pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not bu
 
 from tests.exported import LONG, ExportHost
 
-from nvmove.block import nbd, revival
 from nvmove.block.config import OpenOptions
 from nvmove.block.fault import FaultRules, FaultyBackend
 from nvmove.block.lend import ASK, NOTHING, LentExport
-from nvmove.block.nbd import nbd_unix_uri
+from nvmove.block.nbd import backend as nbd
+from nvmove.block.nbd import revival
+from nvmove.block.nbd.backend import nbd_unix_uri
 from nvmove.block.policy import ErrorPolicy
 from nvmove.nvme import spec
 from nvmove.nvme.spec import DEAC, DSM_DEALLOCATE, DSM_RANGE, Nvm, Status

@@ -8,7 +8,7 @@ import pytest
 
 from nvmove.block.config import DriveConfig, OpenOptions
 from nvmove.block.policy import ErrorPolicy
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 from nvmove.vm import blockinfo
 from nvmove.vm.blockinfo import ServedDrive
 

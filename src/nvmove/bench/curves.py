@@ -14,7 +14,7 @@ from nvmove.bench.report import Plot, Section
 from nvmove.bench.served import Served, doorbells_by_speed
 from nvmove.block.config import NullConfig, OpenOptions
 from nvmove.block.null import NullBackend
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1023)
 SIZES = tuple(4096 << shift for shift in range(9))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from nvmove.block.nbd import nbd_unix_uri
+from nvmove.block.nbd.backend import nbd_unix_uri
 from nvmove.errors import UserError
 from nvmove.lab.processes import Marked
 from nvmove.lab.sysroot import Sysroot

@@ -6,9 +6,9 @@ import msgspec
 
 from nvmove.block.backend import Backend, BackendError
 from nvmove.block.config import DriveConfig
-from nvmove.block.nbd import open_nbd
+from nvmove.block.nbd.backend import open_nbd
 from nvmove.block.null import NullBackend
-from nvmove.block.raw import RawBackend, open_raw
+from nvmove.block.raw.backend import RawBackend, open_raw
 
 
 def open_drive(drive: DriveConfig, *, share_rw: bool = False, active: bool = True) -> Backend:

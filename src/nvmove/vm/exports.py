@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nvmove.block.backend import Backend
 from nvmove.block.config import OpenOptions
-from nvmove.block.nbd import open_nbd
+from nvmove.block.nbd.backend import open_nbd
 from nvmove.vm.monitor import Monitor, QmpError
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from nvmove.block.late import LateBackend
 from nvmove.block.null import NullBackend
 from nvmove.block.open import open_local
 from nvmove.block.policy import DriveErrors, ErrorPolicy
-from nvmove.block.raw import RawBackend
+from nvmove.block.raw.backend import RawBackend
 from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 
 from nvmove.block.backend import BackendError
 from nvmove.block.config import OpenOptions
-from nvmove.block.raw import open_raw
+from nvmove.block.raw.backend import open_raw
 from nvmove.vm.exports import Export
 from nvmove.vm.monitor import QmpError
 from nvmove.vm.resize import Disk, Resize

@@ -10,9 +10,9 @@ import socket
 import time
 from dataclasses import dataclass
 
-from nvmove.block import libnbd
 from nvmove.block.backend import BackendError
-from nvmove.block.libnbd import Handle, NbdError
+from nvmove.block.nbd import libnbd
+from nvmove.block.nbd.libnbd import Handle, NbdError
 
 _log = logging.getLogger(__name__)
 

@@ -9,19 +9,19 @@ import threading
 import urllib.parse
 from collections.abc import Callable, Sequence
 
-from nvmove.block import libnbd
 from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import OpenOptions
 from nvmove.block.gate import Gate
 from nvmove.block.lend import ASK, NOTHING, LentExport, LentFile, LentSpace, Loan
-from nvmove.block.libnbd import Handle
 from nvmove.block.linux import address_of
-from nvmove.block.nbd_connection import Connection
-from nvmove.block.nbd_link import Export, Link
-from nvmove.block.nbd_spares import Spares
-from nvmove.block.revival import Revival
+from nvmove.block.nbd import libnbd
+from nvmove.block.nbd.connection import Connection
+from nvmove.block.nbd.libnbd import Handle
+from nvmove.block.nbd.link import Export, Link
+from nvmove.block.nbd.revival import Revival
+from nvmove.block.nbd.spares import Spares
+from nvmove.block.nbd.turns import Turn, Turns
 from nvmove.block.transfer import gather, scatter
-from nvmove.block.turns import Turn, Turns
 from nvmove.block.zeroes import detect_zeroes
 
 _log = logging.getLogger(__name__)

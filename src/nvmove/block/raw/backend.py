@@ -17,11 +17,11 @@ import msgspec
 from nvmove.block import linux
 from nvmove.block.backend import BackendError, Operation, Request, refusal
 from nvmove.block.config import OpenOptions
-from nvmove.block.direct import DirectTransfer
 from nvmove.block.gate import Gate
 from nvmove.block.lend import LentFile, Loan
-from nvmove.block.locks import ImageLock
-from nvmove.block.space import DeviceSpace, FileSpace
+from nvmove.block.raw.direct import DirectTransfer
+from nvmove.block.raw.locks import ImageLock
+from nvmove.block.raw.space import DeviceSpace, FileSpace
 from nvmove.block.transfer import FileTransfer
 from nvmove.block.zeroes import detect_zeroes
 

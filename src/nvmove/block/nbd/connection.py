@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from nvmove.block import libnbd
-from nvmove.block.libnbd import Handle, NbdError
-from nvmove.block.nbd_link import Link
+from nvmove.block.nbd import libnbd
+from nvmove.block.nbd.libnbd import Handle, NbdError
+from nvmove.block.nbd.link import Link
 
 _log = logging.getLogger(__name__)
 

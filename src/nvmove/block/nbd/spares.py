@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Callable, Hashable
 
-from nvmove.block.nbd_link import Link
-from nvmove.block.revival import Revival
+from nvmove.block.nbd.link import Link
+from nvmove.block.nbd.revival import Revival
 
 _log = logging.getLogger(__name__)
 
