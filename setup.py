@@ -1,4 +1,4 @@
-"""The compiled parts: every .pyx below src, with the C files beside it. Without a C compiler nvmove does without."""
+"""The compiled parts: every .pyx below src, and the C files in csrc beside it. nvmove does without where no compiler is."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def _extension(path: Path) -> Extension:
     name = ".".join(path.relative_to(_SOURCE).with_suffix("").parts)
     return Extension(
         name,
-        [str(path), *(str(c) for c in sorted(path.parent.glob("*.c")))],
-        include_dirs=[str(path.parent)],
-        depends=[str(header) for header in sorted(path.parent.glob("*.h"))],
+        [str(path), *(str(c) for c in sorted((path.parent / "csrc").glob("*.c")))],
+        include_dirs=[str(path.parent / "csrc")],
+        depends=[str(header) for header in sorted((path.parent / "csrc").glob("*.h"))],
         extra_compile_args=["-O3", "-std=gnu11", "-pthread"],
     )
 
