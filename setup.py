@@ -1,4 +1,4 @@
-"""The compiled parts: every .pyx below src, and the C files in csrc beside it. nvmove does without where no compiler is."""
+"""The compiled parts: every .pyx below src, and the C files in csrc beside it. Without a C compiler there are none."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # cython: language_level=3, embedsignature=False
 """The compiled loop as an object: a `Ring` is lent a queue pair, runs it without the GIL, and gives it back.
 
-Loop and rules are in ring.c; `nvmove.nvme.seams.Borrower` is the contract. `Bells` receives a client's messages
+The loop is in csrc/run.c, its rules in csrc/ring.h; `nvmove.nvme.seams.Borrower` is the contract. `Bells` receives a client's messages
 (receive.c, `nvmove.vfio.receive.Receiver`) and tells the rings their doorbells by itself.
 """
 
@@ -131,24 +131,38 @@ cdef extern from "ring.h" nogil:
         int32_t interrupt_fd
         uint32_t owed
 
+    int RING_SLOTS
+
+cdef extern from "run.h" nogil:
     int ring_init(c_ring *ring)
     void ring_destroy(c_ring *ring)
-    int ring_open_disks(c_ring *ring)
-    int ring_make_slots(c_ring *ring)
     int ring_begin(c_ring *ring)
+    ring_reason ring_run(c_ring *ring, int may_wait)
+
+cdef extern from "slots.h" nogil:
+    int ring_make_slots(c_ring *ring)
+    int ring_open_disks(c_ring *ring)
+
+cdef extern from "doorbells.h" nogil:
     int ring_set_tail(c_ring *ring, uint32_t tail)
     int ring_set_head(c_ring *ring, uint32_t head)
-    void ring_revoke(c_ring *ring)
-    int ring_take(c_ring *ring)
+
+cdef extern from "wake.h" nogil:
     void ring_kick(c_ring *ring)
-    void ring_mute(c_ring *ring)
     void ring_marked(c_ring *ring)
-    void ring_take_marks(c_ring *ring)
-    int RING_SLOTS
-    ring_reason ring_run(c_ring *ring, int may_wait)
+
+cdef extern from "attend.h" nogil:
     void ring_wait(c_ring *ring)
 
+cdef extern from "completions.h" nogil:
+    void ring_mute(c_ring *ring)
+
+cdef extern from "marks.h" nogil:
+    void ring_take_marks(c_ring *ring)
+
 cdef extern from "park.h" nogil:
+    void ring_revoke(c_ring *ring)
+    int ring_take(c_ring *ring)
     void ring_halt(c_ring *ring)
     void ring_await(c_ring *ring, int64_t ns)
     void ring_end(c_ring *ring)

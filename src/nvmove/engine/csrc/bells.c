@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "atomics.h"
+#include "doorbells.h"
 #include "ring.h"
 
 /* How long the control thread does not look while a loop that should read is at work. */

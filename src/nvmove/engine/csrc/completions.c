@@ -51,7 +51,6 @@ void announce_unless_expected(struct ring *ring)
         announce(ring);
 }
 
-/* On return no interrupt is under way and none will be sent: what would have been is owed. */
 void ring_mute(struct ring *ring)
 {
     pthread_mutex_lock(&ring->signalling);

@@ -18,4 +18,7 @@ void announce(struct ring *ring);
  * doorbell how far it came. Not where the loop may not look at that soon again. */
 void announce_unless_expected(struct ring *ring);
 
+/* Any thread. On return no interrupt is under way and none will be sent: what would have been is owed. */
+void ring_mute(struct ring *ring);
+
 #endif

@@ -1,4 +1,4 @@
-/* A queue pair's two doorbells, as the loop of ring.c looks at them. */
+/* A queue pair's two doorbells, as the loop of run.c looks at them. */
 #ifndef NVMOVE_DOORBELLS_H
 #define NVMOVE_DOORBELLS_H
 
@@ -9,6 +9,10 @@ static inline uint32_t distance(uint32_t from, uint32_t to, uint32_t size)
 {
     return to >= from ? to - from : to + size - from;
 }
+
+/* Any thread: the host has rung; 0: with a value that cannot be. */
+int ring_set_tail(struct ring *ring, uint32_t tail);
+int ring_set_head(struct ring *ring, uint32_t head);
 
 /* Look at both; 0: one has a value that cannot be. */
 int look_at_both(struct ring *ring);

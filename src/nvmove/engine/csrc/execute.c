@@ -10,6 +10,7 @@
 #include "nbd.h"
 #include "sgl.h"
 #include "slots.h"
+#include "space.h"
 
 static ssize_t transfer(const struct ring *ring, const struct ring_disk *disk, int is_read, int count, off_t offset)
 {

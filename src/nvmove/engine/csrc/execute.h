@@ -1,4 +1,4 @@
-/* What one command of the loop of ring.c does. */
+/* What one command of the loop of run.c does. */
 #ifndef NVMOVE_EXECUTE_H
 #define NVMOVE_EXECUTE_H
 

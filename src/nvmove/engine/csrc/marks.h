@@ -9,6 +9,8 @@ void note_all(struct ring *ring, const uint64_t *addresses, const struct iovec *
 
 /* Whether it is time to mark: one batch at a time, as large as it gets, since its answer takes long. */
 int has_marks(const struct ring *ring, int is_idle);
+/* Take what is to be marked into `marking`, which was empty. */
+void ring_take_marks(struct ring *ring);
 /* Complete what is marked. */
 void post_marked(struct ring *ring);
 /* The pair is wanted back: what nobody has begun to mark is noted instead, and complete. */

@@ -1,4 +1,4 @@
-/* A connection to an NBD server as a disk: requests go out and replies come in while the loop of ring.c goes on.
+/* A connection to an NBD server as a disk: requests go out and replies come in while the loop of run.c goes on.
  *
  * The transmission phase with simple replies (NBD's proto.md). Whoever lends the connection has made it ready, with nothing
  * under way. Nothing here waits: sockets that are full or empty are left for later, and `nbd_poll` says for what.

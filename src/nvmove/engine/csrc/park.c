@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include "atomics.h"
+#include "attend.h"
 #include "clock.h"
+#include "completions.h"
 #include "ring.h"
 #include "wake.h"
 
@@ -41,6 +43,19 @@ int park(struct ring *ring)
     for (; load_strict(ring->state) == RING_ASLEEP && left > 0; left = until - now_ns())
         wait_for_state(ring, RING_ASLEEP, left);
     return !__atomic_compare_exchange_n(&ring->state, &asleep, RING_RUNNING, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+void ring_revoke(struct ring *ring)
+{
+    store_strict(ring->stop, STOP_RETURN);
+    wake(ring);
+}
+
+int ring_take(struct ring *ring)
+{
+    uint32_t asleep = RING_ASLEEP;
+
+    return __atomic_compare_exchange_n(&ring->state, &asleep, RING_TAKEN, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 void ring_halt(struct ring *ring)

@@ -16,6 +16,10 @@ enum stop {
 /* The loop, with nothing under way: wait to be taken, if that is to be; whether it was. */
 int park(struct ring *ring);
 
+/* Any thread: the loop is to come back. */
+void ring_revoke(struct ring *ring);
+/* Take a ring back whose loop sleeps; it is not woken for that. Whether it did. */
+int ring_take(struct ring *ring);
 /* Any thread: the loop is to stop; then wait until it has, at most `ns`. */
 void ring_halt(struct ring *ring);
 void ring_await(const struct ring *ring, int64_t ns);

@@ -1,4 +1,4 @@
-/* Guest memory and PRPs (Base 2.0 4.1.1), for the loop of ring.c. */
+/* Guest memory and PRPs (Base 2.0 4.1.1), for the loop of run.c. */
 #ifndef NVMOVE_PRP_H
 #define NVMOVE_PRP_H
 

@@ -15,9 +15,9 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#include "bells.h"
-#include "park.h"
 #include "uring.h"
+
+struct bells;
 
 #define RING_BATCH 16    /* entries fetched at a time */
 #define RING_IOVECS 1024 /* of one command; Linux takes no more (IOV_MAX) */
@@ -175,9 +175,6 @@ struct ring {
     uint64_t addresses[RING_IOVECS]; /* each one's in the guest's memory, where it is one run too */
 };
 
-int ring_init(struct ring *ring);
-void ring_destroy(struct ring *ring);
-
 static inline void ring_count(struct ring_disk *disk, enum ring_kind kind, uint64_t requests, uint64_t bytes)
 {
     struct ring_count *count = &disk->counts[kind];
@@ -185,26 +182,5 @@ static inline void ring_count(struct ring_disk *disk, enum ring_kind kind, uint6
     __atomic_store_n(&count->bytes, count->bytes + bytes, __ATOMIC_RELEASE);
     __atomic_store_n(&count->requests, count->requests + requests, __ATOMIC_RELEASE);
 }
-
-/* Any thread. */
-int ring_set_tail(struct ring *ring, uint32_t tail);
-int ring_set_head(struct ring *ring, uint32_t head);
-void ring_revoke(struct ring *ring);
-int ring_take(struct ring *ring);
-void ring_kick(struct ring *ring);
-void ring_mute(struct ring *ring);
-void ring_marked(struct ring *ring);
-
-/* Before a lease, or on the ring's own thread. */
-int ring_open_disks(struct ring *ring);
-int ring_make_slots(struct ring *ring);
-/* Before a lease. */
-int ring_begin(struct ring *ring);
-
-/* The ring's own thread, without the GIL. */
-enum ring_reason ring_run(struct ring *ring, int may_wait);
-void ring_wait(struct ring *ring);
-/* Take what is to be marked into `marking`, which was empty. */
-void ring_take_marks(struct ring *ring);
 
 #endif

@@ -1,4 +1,4 @@
-/* SGLs (Base 2.0 4.1.2), for the loop of ring.c. */
+/* SGLs (Base 2.0 4.1.2), for the loop of run.c. */
 #ifndef NVMOVE_SGL_H
 #define NVMOVE_SGL_H
 

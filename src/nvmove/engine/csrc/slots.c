@@ -2,10 +2,27 @@
 #include "slots.h"
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "atomics.h"
 #include "nbd.h"
+
+int ring_make_slots(struct ring *ring)
+{
+    if (!ring->slots)
+        ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
+    return ring->slots ? 0 : ENOMEM;
+}
+
+int ring_open_disks(struct ring *ring)
+{
+    int error = ring_make_slots(ring);
+
+    if (error || ring->uring.fd >= 0)
+        return error;
+    return uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
+}
 
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk)
 {

@@ -1,4 +1,4 @@
-/* Commands that a disk takes its time for: each has a slot while the loop of ring.c goes on with others. */
+/* Commands that a disk takes its time for: each has a slot while the loop of run.c goes on with others. */
 #ifndef NVMOVE_SLOTS_H
 #define NVMOVE_SLOTS_H
 
@@ -10,6 +10,11 @@ static inline int must_be_durable(const struct ring *ring, const struct sqe *sqe
 {
     return disk->syncs && (sqe->cdw12 & FORCE_UNIT_ACCESS || ring->durable || disk->durable);
 }
+
+/* Before a lease, or on the ring's own thread: make what commands want that are not done at once; 0, or an errno. */
+int ring_make_slots(struct ring *ring);
+/* The same, and what they need that a disk takes its time for. */
+int ring_open_disks(struct ring *ring);
 
 /* Take a slot for a command, to be started; NULL: there is none, or no io_uring here. Its disk is `disk`. */
 struct ring_slot *slot_take(struct ring *ring, const struct sqe *sqe, const struct ring_disk *disk);
@@ -26,8 +31,5 @@ int slot_next(struct ring *ring, struct ring_slot *slot);
 void slot_count(struct ring *ring, const struct ring_slot *slot);
 /* The file answered with -errno, or did a part. */
 void slot_fail(struct ring *ring, struct ring_slot *slot, int32_t result);
-
-/* Run a Flush, a Write Zeroes or a Deallocate, or start it. */
-enum outcome space_execute(struct ring *ring, const struct sqe *sqe, struct ring_disk *disk);
 
 #endif

@@ -1,3 +1,5 @@
+#include "space.h"
+
 #include <string.h>
 
 #include "sgl.h"

@@ -1,4 +1,4 @@
-/* Commands as the loop of ring.c knows them. */
+/* Commands as the loop of run.c knows them. */
 #ifndef NVMOVE_SQE_H
 #define NVMOVE_SQE_H
 

@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "ring.h"
+#include "run.h"
 
 #include <errno.h>
 #include <sched.h>
@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "atomics.h"
+#include "attend.h"
 #include "clock.h"
 #include "completions.h"
 #include "doorbells.h"
@@ -52,25 +53,6 @@ void ring_destroy(struct ring *ring)
     pthread_mutex_destroy(&ring->signalling);
 }
 
-/* Make what commands need that a disk takes its time for; return 0 or an errno. */
-int ring_open_disks(struct ring *ring)
-{
-    int error = ring_make_slots(ring);
-
-    if (error || ring->uring.fd >= 0)
-        return error;
-    return uring_open(&ring->uring, RING_SLOTS, ring->wake_fd);
-}
-
-/* Make what commands want that are not done at once; return 0 or an errno. */
-int ring_make_slots(struct ring *ring)
-{
-    if (!ring->slots)
-        ring->slots = calloc(RING_SLOTS, sizeof *ring->slots);
-    return ring->slots ? 0 : ENOMEM;
-}
-
-/* Set the loop's own fields up for a lease; 0: the completion queue is not in guest memory. */
 int ring_begin(struct ring *ring)
 {
     ring->last_region = ring->fetched = ring->executing = ring->unsignalled = ring->owed = 0;
