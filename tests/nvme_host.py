@@ -14,7 +14,7 @@ from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.seams import DmaError, Engine, Segment
 from nvmove.nvme.spec import CQE, CQE_SIZE, DOORBELLS, SQE_SIZE, Admin, Register
-from nvmove.nvme.state import ControllerState
+from nvmove.nvme.state.saved import ControllerState
 
 MEMORY = 8 << 20
 CC = 6 << 16 | 4 << 20 | 6 << 4

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from nvmove.nvme.state import (
+from nvmove.nvme.state.saved import (
     CompletionQueueState,
     ControllerState,
     DoorbellsState,
@@ -22,7 +22,7 @@ from nvmove.nvme.state import (
     SmartState,
     SubmissionQueueState,
 )
-from nvmove.nvme.vmsd import DeviceState, PciImage
+from nvmove.nvme.state.vmsd import DeviceState, PciImage
 
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 VECTORS = 9

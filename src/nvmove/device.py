@@ -22,13 +22,14 @@ from nvmove.block.backend import Backend, BackendError
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.engine import choice
 from nvmove.engine.poller import Poller
-from nvmove.nvme import management, vmsd
+from nvmove.nvme.commands import management
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.counters import Counters
 from nvmove.nvme.seams import Engine
 from nvmove.nvme.spec import DOORBELLS
-from nvmove.nvme.vmsd import PciImage
+from nvmove.nvme.state import vmsd
+from nvmove.nvme.state.vmsd import PciImage
 from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
 from nvmove.pci.interrupts import InterruptLines
 from nvmove.vfio.device import (

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nvmove.errors import UserError
-from nvmove.nvme import vmsd
-from nvmove.nvme.vmsd_qemu import QEMU_NVME
+from nvmove.nvme.state import vmsd
+from nvmove.nvme.state.vmsd_qemu import QEMU_NVME
 from nvmove.vmstate import machine, stream
 from nvmove.vmstate.qcow2 import MAGIC as QCOW2_MAGIC
 from nvmove.vmstate.qcow2 import Qcow2, Snapshot

@@ -11,8 +11,8 @@ from typing import Any
 from nvmove.inspect import inspect
 from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.machine import Machine
-from nvmove.nvme import vmsd
-from nvmove.nvme.state import HeldState
+from nvmove.nvme.state import vmsd
+from nvmove.nvme.state.saved import HeldState
 from nvmove.vmstate.source import FileSource
 
 FIO = Fio("full", blocks=2048, iodepth=32)

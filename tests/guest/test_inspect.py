@@ -9,7 +9,7 @@ import pytest
 
 from nvmove.inspect import inspect
 from nvmove.lab.sysroot import Sysroot
-from nvmove.nvme.vmsd import dump
+from nvmove.nvme.state.vmsd import dump
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.source import FileSource
 from tests.states import busy, fresh

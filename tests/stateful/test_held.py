@@ -22,7 +22,7 @@ from tests.nvme_host import Completion, Entries, Ring
 from nvmove.block.backend import Operation
 from nvmove.block.policy import Action, ErrorPolicy
 from nvmove.nvme.spec import Admin, Nvm, Status
-from nvmove.nvme.state import ControllerState
+from nvmove.nvme.state.saved import ControllerState
 
 QUEUES = st.integers(1, 2)
 FAILED = {Status.CAPACITY_EXCEEDED, Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR}

@@ -17,8 +17,8 @@ import pytest
 
 from nvmove.block.backend import BackendError, Request
 from nvmove.device import NvmeDevice
-from nvmove.nvme import vmsd
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
+from nvmove.nvme.state import vmsd
 from nvmove.vfio import message
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, ERROR, MSIX

@@ -19,7 +19,7 @@ from tests.rings import LentDisk, LentLines, LentRam, Rig
 from nvmove.block.backend import Operation
 from nvmove.engine import loop
 from nvmove.engine.compiled import CompiledEngine
-from nvmove.nvme import admin
+from nvmove.nvme.commands import admin
 from nvmove.nvme.leases import Leases
 from nvmove.nvme.seams import Counts, FailedCommand, LeaseTerms, Lending
 from nvmove.nvme.spec import (

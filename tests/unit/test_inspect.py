@@ -17,8 +17,8 @@ from tests.states import busy, fresh
 
 from nvmove.errors import UserError
 from nvmove.inspect import add_arguments, as_json, as_text, inspect, run
-from nvmove.nvme.vmsd import NVME, dump, to_tree
-from nvmove.nvme.vmsd_qemu import QEMU_NVME
+from nvmove.nvme.state.vmsd import NVME, dump, to_tree
+from nvmove.nvme.state.vmsd_qemu import QEMU_NVME
 from nvmove.vmstate import machine
 from nvmove.vmstate.qcow2 import HEADER, SNAPSHOT, Qcow2
 from nvmove.vmstate.qemu_file import QemuFile

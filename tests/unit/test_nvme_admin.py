@@ -6,7 +6,7 @@ import pytest
 from tests.nvme_host import CC, Disk, Host, Lines
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import admin
+from nvmove.nvme.commands import admin
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
 
 

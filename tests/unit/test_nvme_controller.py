@@ -6,7 +6,7 @@ import pytest
 from tests.nvme_host import CC, CONFIG, DATA, Completion, Disk, Host, Lines, Ram, sqe
 
 from nvmove.block.backend import Operation
-from nvmove.nvme.command import Command
+from nvmove.nvme.commands.command import Command
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.spec import (
     CSTS_CFS,

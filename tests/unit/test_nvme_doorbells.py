@@ -13,7 +13,7 @@ from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam
 from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, EventType, Nvm, Register, Status
-from nvmove.nvme.state import DoorbellsState
+from nvmove.nvme.state.saved import DoorbellsState
 
 
 def ready(*, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None, disk: Disk | None = None) -> ShadowHost:

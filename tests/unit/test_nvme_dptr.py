@@ -7,8 +7,8 @@ import struct
 import pytest
 from tests.nvme_host import Host, Ram, sqe
 
-from nvmove.nvme.command import Command
-from nvmove.nvme.dptr import MAX_SGL_DESCRIPTORS, resolve
+from nvmove.nvme.commands.command import Command
+from nvmove.nvme.commands.dptr import MAX_SGL_DESCRIPTORS, resolve
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError, Segment

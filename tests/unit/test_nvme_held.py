@@ -17,7 +17,7 @@ from nvmove.engine.plain import PlainEngine
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.seams import Segment
 from nvmove.nvme.spec import CSTS_SHST_COMPLETE, Admin, Feature, Nvm, Register, Status
-from nvmove.nvme.state import HeldState
+from nvmove.nvme.state.saved import HeldState
 
 STOPPED_WRITE = ErrorReport("d0", is_read=False, action=Action.STOP, errno=errno.ENOSPC)
 ABORT_FOUND, ABORT_NOT_FOUND = 0, 1

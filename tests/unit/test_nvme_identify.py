@@ -8,10 +8,10 @@ import uuid
 import pytest
 from tests.nvme_guest import Disk, Guest, namespace
 
-from nvmove.nvme import effects, identify
-from nvmove.nvme.admin import HANDLERS as ADMIN_HANDLERS
+from nvmove.nvme.commands import effects, identify
+from nvmove.nvme.commands.admin import HANDLERS as ADMIN_HANDLERS
+from nvmove.nvme.commands.io import HANDLERS as IO_HANDLERS
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.io import HANDLERS as IO_HANDLERS
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.spec import Cns, Feature, Status
 

@@ -9,7 +9,7 @@ import pytest
 from tests.nvme_guest import Disk, Guest, namespace
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import failures
+from nvmove.nvme.commands import failures
 from nvmove.nvme.spec import COPY_RANGE, DEAC, DSM_RANGE, FUA, Feature, Log, Nvm, Status
 
 PATTERN = bytes(range(256)) * 2

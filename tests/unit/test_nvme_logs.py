@@ -10,8 +10,8 @@ from tests.nvme_guest import Guest, namespace
 
 from nvmove.block.backend import Operation
 from nvmove.nvme import events
+from nvmove.nvme.commands.logs import PAGES, Logs, Smart
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.logs import PAGES, Logs, Smart
 from nvmove.nvme.spec import Feature, Log, Nvm, Status
 
 

@@ -11,7 +11,7 @@ from tests.nvme_host import CONFIG, Host, Lines, sqe
 from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import DOORBELLS, Admin, EventType, Nvm, Status
-from nvmove.nvme.state import DoorbellsState
+from nvmove.nvme.state.saved import DoorbellsState
 
 MAPPED = msgspec.structs.replace(CONFIG, mapped_doorbells=True, dbcs=False)
 

@@ -9,8 +9,8 @@ import pytest
 from tests.nvme_guest import DATA, Disk, Guest, namespace
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import management
-from nvmove.nvme.batch import Batch, Failure, Part
+from nvmove.nvme.commands import management
+from nvmove.nvme.commands.batch import Batch, Failure, Part
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.namespace import Namespace, NamespaceTable
 from nvmove.nvme.spec import Admin, Cns, Nvm, Status

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from tests.nvme_host import CC, CONFIG, DATA, Disk, Host, Lines
 
-from nvmove.nvme.command import Command
+from nvmove.nvme.commands.command import Command
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.controller import Controller
 from nvmove.nvme.errors import StateError
@@ -31,7 +31,7 @@ from nvmove.nvme.spec import (
     Register,
     Status,
 )
-from nvmove.nvme.state import (
+from nvmove.nvme.state.saved import (
     CompletionQueueState,
     ControllerState,
     DoorbellsState,

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from tests.nvme_guest import Guest
 from tests.states import SAMPLES, busy, config_space, fresh, pin, shadow, states
 
-from nvmove.nvme import state as state_module
-from nvmove.nvme import vmsd_ours as ours
-from nvmove.nvme.vmsd import NVME, DeviceState, PciImage, dump, from_tree, load, to_tree, zeroes
-from nvmove.nvme.vmsd_qemu import CQ, QEMU_NVME
+from nvmove.nvme.state import saved as state_module
+from nvmove.nvme.state import vmsd_ours as ours
+from nvmove.nvme.state.vmsd import NVME, DeviceState, PciImage, dump, from_tree, load, to_tree, zeroes
+from nvmove.nvme.state.vmsd_qemu import CQ, QEMU_NVME
 from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.stream import Section
 from nvmove.vmstate.stream import dump as dump_stream

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.nvme.vmsd_qemu import QEMU_NVME, msix_vectors
+from nvmove.nvme.state.vmsd_qemu import QEMU_NVME, msix_vectors
 from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.tree import Tree
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.nvme.vmsd_ours import NUMBER, SUBSECTIONS
+from nvmove.nvme.state.vmsd_ours import NUMBER, SUBSECTIONS
 from nvmove.vmstate.fields import Counted
 from nvmove.vmstate.schema import VMStateDescription
 

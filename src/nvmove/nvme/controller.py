@@ -25,16 +25,15 @@ from typing import Any
 
 from nvmove.block.backend import Backend
 from nvmove.block.policy import DriveErrors, ErrorReport
-from nvmove.nvme import saving
 from nvmove.nvme.activity import Activity, Callback, call
-from nvmove.nvme.command import Command
+from nvmove.nvme.commands.command import Command
+from nvmove.nvme.commands.features import Features
+from nvmove.nvme.commands.logs import Logs
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.doorbells import Doorbells, Place
 from nvmove.nvme.errors import CommandError, StateError
 from nvmove.nvme.events import EventQueue
-from nvmove.nvme.features import Features
 from nvmove.nvme.leases import Leases
-from nvmove.nvme.logs import Logs
 from nvmove.nvme.namespace import NamespaceTable
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.ratelimit import RateLimit
@@ -64,7 +63,8 @@ from nvmove.nvme.spec import (
     Register,
     Status,
 )
-from nvmove.nvme.state import ControllerState
+from nvmove.nvme.state import saving
+from nvmove.nvme.state.saved import ControllerState
 
 log = logging.getLogger(__name__)
 

@@ -33,10 +33,10 @@ from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import EVENT_INVALID_DOORBELL_VALUE, EventType, Log, Status
-from nvmove.nvme.state import DoorbellsState, LateState
+from nvmove.nvme.state.saved import DoorbellsState, LateState
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 CELL = 4

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from nvmove.nvme import state
 from nvmove.nvme.spec import (
     ASYNC_CONFIG_NAMESPACE,
     ASYNC_CONFIG_SMART,
@@ -24,6 +23,7 @@ from nvmove.nvme.spec import (
     EventType,
     Log,
 )
+from nvmove.nvme.state import saved as state
 
 if TYPE_CHECKING:
     from nvmove.nvme.controller import Controller

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
-from nvmove.nvme import failures
 from nvmove.nvme.activity import Callback, call
-from nvmove.nvme.batch import Failure
-from nvmove.nvme.command import Command
+from nvmove.nvme.commands import failures
+from nvmove.nvme.commands.batch import Failure
+from nvmove.nvme.commands.command import Command
 from nvmove.nvme.doorbells import CELL, cell_of
 from nvmove.nvme.held import HeldCommand
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue

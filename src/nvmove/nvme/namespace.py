@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from nvmove.block.backend import Backend
-from nvmove.nvme import state
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.counters import Counters
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.spec import ALL_NAMESPACES, LOCATION_CDW10, LOCATION_NSID, MAX_NAMESPACES, Status
+from nvmove.nvme.state import saved as state
 
 
 class LbaFormat(NamedTuple):

@@ -11,9 +11,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from nvmove.nvme import admin, io, shutdown
+from nvmove.nvme import shutdown
 from nvmove.nvme.activity import Callback, call
-from nvmove.nvme.command import Command
+from nvmove.nvme.commands import admin, io
+from nvmove.nvme.commands.command import Command
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.held import HeldCommand
 from nvmove.nvme.queue import SubmissionQueue

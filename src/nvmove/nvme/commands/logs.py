@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nvmove.nvme import effects, state
+from nvmove.nvme.commands import effects
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import check_nsid
@@ -30,11 +30,12 @@ from nvmove.nvme.spec import (
     Log,
     Status,
 )
+from nvmove.nvme.state import saved as state
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
+    from nvmove.nvme.commands.features import Features
     from nvmove.nvme.controller import Controller
-    from nvmove.nvme.features import Features
 
 
 class ErrorLog:

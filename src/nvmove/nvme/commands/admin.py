@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nvmove.nvme import features, identify, logs, management
 from nvmove.nvme.activity import call
-from nvmove.nvme.dptr import LOCATION
+from nvmove.nvme.commands import features, identify, logs, management
+from nvmove.nvme.commands.dptr import LOCATION
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
@@ -26,7 +26,7 @@ from nvmove.nvme.spec import (
 )
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 CDW10, CDW11 = 40, 44

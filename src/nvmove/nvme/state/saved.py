@@ -1,6 +1,6 @@
 """All of a controller's state that is saved, as plain data, and nothing else.
 
-None of these types is used by the live controller. `nvmove.nvme.vmsd` gives them their wire form.
+None of these types is used by the live controller. `nvmove.nvme.state.vmsd` gives them their wire form.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events, failures, state
-from nvmove.nvme.batch import Batch, Failure, Part
+from nvmove.nvme import events
+from nvmove.nvme.commands import failures
+from nvmove.nvme.commands.batch import Batch, Failure, Part
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid
@@ -40,9 +41,10 @@ from nvmove.nvme.spec import (
     Select,
     Status,
 )
+from nvmove.nvme.state import saved as state
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from nvmove.block.backend import Operation
 from nvmove.block.policy import NO_SPACE, Action, DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.nvme import events
-from nvmove.nvme.batch import Failure
+from nvmove.nvme.commands.batch import Failure
 from nvmove.nvme.spec import STATUS_DNR, STATUS_MORE, Status
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
     from nvmove.nvme.namespace import Namespace
 

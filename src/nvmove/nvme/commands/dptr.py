@@ -23,7 +23,7 @@ from nvmove.nvme.spec import (
 )
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
 
 MAX_SGL_DESCRIPTORS = 8192
 """Across all segments of one command; a longer list (or a loop of segments) is refused."""

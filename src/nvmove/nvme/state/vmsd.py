@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nvmove.nvme import vmsd_ours as ours
-from nvmove.nvme.state import (
+from nvmove.nvme.state import vmsd_ours as ours
+from nvmove.nvme.state.saved import (
     CompletionQueueState,
     ControllerState,
     EventsState,
@@ -22,7 +22,7 @@ from nvmove.nvme.state import (
     NamespaceState,
     SubmissionQueueState,
 )
-from nvmove.nvme.vmsd_qemu import FIELDS, QEMU_NVME, msix_vectors
+from nvmove.nvme.state.vmsd_qemu import FIELDS, QEMU_NVME, msix_vectors
 from nvmove.vmstate import stream
 from nvmove.vmstate.fields import Array, Bool, Buffer, Int, Struct
 from nvmove.vmstate.schema import StateError, VMStateDescription

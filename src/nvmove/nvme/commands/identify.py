@@ -54,7 +54,7 @@ from nvmove.nvme.spec import (
 )
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 QEMU_VENDOR, QEMU_IEEE = 0x1B36, 0x525400

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from nvmove.nvme.state import (
+from nvmove.nvme.state.saved import (
     ControllerState,
     DoorbellsState,
     ErrorEntryState,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import failures
-from nvmove.nvme.batch import Batch, Failure, Part
+from nvmove.nvme.commands import failures
+from nvmove.nvme.commands.batch import Batch, Failure, Part
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.seams import DmaError, Transfer
@@ -30,7 +30,7 @@ from nvmove.nvme.spec import (
 )
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
-from nvmove.nvme import dptr
+from nvmove.nvme.commands import dptr
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.seams import DmaError, Transfer
 from nvmove.nvme.spec import SQE_SIZE, Status

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events, failures
-from nvmove.nvme.batch import Batch, Failure, Part
+from nvmove.nvme import events
+from nvmove.nvme.commands import failures
+from nvmove.nvme.commands.batch import Batch, Failure, Part
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid, selected
 from nvmove.nvme.spec import (
@@ -19,7 +20,7 @@ from nvmove.nvme.spec import (
 )
 
 if TYPE_CHECKING:
-    from nvmove.nvme.command import Command
+    from nvmove.nvme.commands.command import Command
     from nvmove.nvme.controller import Controller
 
 ERASE_CHUNK = 256 << 20

@@ -29,7 +29,7 @@ from nvmove.nvme.spec import (
     SQE_SIZE,
     EventType,
 )
-from nvmove.nvme.state import (
+from nvmove.nvme.state.saved import (
     CompletionQueueState,
     ControllerState,
     HeldState,
