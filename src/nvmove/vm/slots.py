@@ -52,7 +52,10 @@ class Slots:
         for ident in self._devices:
             slot = await self._slot(_path(ident))
             self._slots[slot] = ident
-            if handler := await self._get(slot[0], _HANDLER):
+            handler = await self._get(slot[0], _HANDLER)
+            if handler and handler == slot[0].rpartition("/")[0]:
+                await self._look_at_port(handler, ident)  # a link that QEMU follows without a look
+            elif handler:
                 self._handlers[slot[0]] = handler
         await self._link(open_=False)
 
@@ -149,6 +152,15 @@ class Slots:
         finally:
             if not (self._leaving or self._loaded):
                 await self._link(open_=False)
+
+    async def _look_at_port(self, port: str, ident: str) -> None:
+        """Warn where a port plugs and unplugs by itself, and was not made one that does not (`vm/ports.py`)."""
+        try:
+            is_on = await self._get(port, "hotplug") == "True"
+        except QmpError:
+            is_on = True  # a bridge with SHPC
+        if is_on:
+            log.warning("the guest can eject '%s' from '%s', which ends its VM", ident, port.rpartition("/")[2])
 
     async def _link(self, *, open_: bool) -> None:
         for bus, handler in self._handlers.items():

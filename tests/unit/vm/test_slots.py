@@ -15,6 +15,8 @@ from nvmove.vm.slots import Slots
 
 BUS = "/machine/i440fx/pci.0"
 PLACES = {"nv": (BUS, 5 << 3), "beside": (BUS, 5 << 3 | 1), "rng": (BUS, 6 << 3), "fixed": ("/machine/q35/pcie.0", 8)}
+PORT = "/machine/peripheral/rp"
+PLACES["native"] = (f"{PORT}/rp", 0)
 
 
 class Objects:
@@ -25,6 +27,7 @@ class Objects:
         self.open_at: list[str] = []
         """Plugs and unplugs that came while the bus was open."""
         self.refuses = False
+        self.port_plugs = True
         qemu.answers |= {
             "qom-get": self._get,
             "qom-set": self._set,
@@ -37,6 +40,11 @@ class Objects:
             return self.handler
         if arguments["path"] == "/machine/q35/pcie.0":
             return ""
+        if arguments["path"] == f"{PORT}/rp":
+            return PORT
+        if arguments["path"] == PORT:
+            assert arguments["property"] == "hotplug"
+            return self.port_plugs
         name = arguments["path"].removeprefix("/machine/peripheral/")
         if name not in PLACES:
             raise AssertionError(name)
@@ -55,9 +63,10 @@ class Objects:
 
 
 @contextlib.asynccontextmanager
-async def slots(*devices: str) -> AsyncIterator[tuple[Facade, FakeQemu, Objects]]:
+async def slots(*devices: str, port_plugs: bool = True) -> AsyncIterator[tuple[Facade, FakeQemu, Objects]]:
     async with facade_on_fake() as (facade, qemu):
         objects = Objects(qemu)
+        objects.port_plugs = port_plugs
         ours = Slots(facade, devices or ("nv",))
         await ours.close()
         ours.register()
@@ -188,3 +197,20 @@ def test_a_state_that_asked_for_a_device_keeps_the_bus_open_until_it_has_left() 
             await until_closed(objects)
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("plugs", [False, True])
+def test_a_port_that_plugs_by_itself_keeps_its_handler_and_is_warned_of(
+    plugs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """QEMU follows the link of such a bus without a look whether there is one."""
+
+    async def story() -> None:
+        async with slots("native", port_plugs=plugs) as (facade, qemu, _):
+            assert "qom-set" not in [request["execute"] for request in qemu.requests]
+            with pytest.raises(QmpError, match="Device 'native' cannot be unplugged"):
+                await facade.dispatch("device_del", {"id": "native"})
+
+    asyncio.run(story())
+    said = ["the guest can eject 'native' from 'rp', which ends its VM"] if plugs else []
+    assert [record.getMessage() for record in caplog.records] == said
