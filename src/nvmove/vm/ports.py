@@ -1,8 +1,11 @@
-"""The ports and bridges that nvmove's disks are plugged into: without hot plug of their own.
+"""The ports and bridges that lead to nvmove's disks: without hot plug of their own.
 
-Where ACPI does not handle a slot, the port itself does, and a guest could eject the disk: QEMU would abort
-(`vm/slots.py`). So the port is made one whose slot is not hot-pluggable. Ports that ACPI handles stay as they are: what
-the guest sees of them is part of the snapshots that there are.
+Where ACPI does not handle a slot, the port itself does, and a guest could eject the disk, or the switch that it is on:
+QEMU would abort (`vm/slots.py`). So the port is made one whose slot is not hot-pluggable. Ports that ACPI handles stay
+as they are: what the guest sees of them is part of the snapshots that there are.
+
+That is what drivers go by. A guest that writes "power off" into such a port's Slot Control by hand still ejects: QEMU
+(11.1) looks only whether its Slot Status shows a device, and that can be neither hidden nor taken back.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from nvmove.vm.argv import Item, machine_options
 from nvmove.vm.defaults import Compat, read_global
 
 Types = Callable[[str], Mapping[str, str]]
+Devices = Mapping[str, tuple[int | None, Option]]
 _SWITCHES = ("hotplug", "shpc")
 """Properties that switch native hot plug: of ports of PCI Express, of `pci-bridge`."""
 _ACPI = ("ICH9-LPC", "PIIX4_PM")
 _BY_ACPI = "acpi-pci-hotplug-with-bridge-support"
+_BEYOND_ACPI = frozenset({"pxb", "pxb-pcie", "pxb-cxl"})
+"""ACPI handles what is behind bridges on the machine's own bus, not what is on further root buses."""
 
 
 def without_hot_plug(items: Sequence[Item], buses: Iterable[str], compat: Compat, types: Types) -> list[Item]:
@@ -30,23 +36,23 @@ def without_hot_plug(items: Sequence[Item], buses: Iterable[str], compat: Compat
 
     `compat`: what the machine type sets; `types`: the properties of a driver. Raises OptionError.
     """
-    wanted = set(buses)
     devices = dict(_devices(items))
-    globals_ = _globals(items)
-    found = {bus: devices[bus] for bus in wanted if bus in devices}
-    if not found:
+    leading = {ident: None for bus in buses for ident in _upwards(bus, devices)}
+    if not leading:
         return list(items)
+    globals_ = _globals(items)
     acpi = _is_by_acpi(items, globals_, compat, types)
     kept = list(items)
-    for bus, (place, option) in found.items():
-        if acpi and _is_below_the_machines_bus(bus, devices):
+    for ident in leading:
+        if acpi and not any(devices[above][1].get("driver") in _BEYOND_ACPI for above in _upwards(ident, devices)):
             continue
+        place, option = devices[ident]
         driver = option.get("driver")
         name = next((switch for switch in _SWITCHES if switch in types(driver)), "")
         if not name or name in option.values or name in globals_.get(driver, {}):
             continue
         if place is None:
-            kept.append(Item.make("set", f"device.{bus}.{name}=off"))
+            kept.append(Item.make("set", f"device.{ident}.{name}=off"))
         elif option.is_json:
             kept[place] = kept[place].instead(syntax.to_json({**option.values, name: False}))
         else:
@@ -102,13 +108,10 @@ def _is_by_acpi(items: Sequence[Item], globals_: Compat, compat: Compat, types: 
     return is_on
 
 
-def _is_below_the_machines_bus(ident: str, devices: Mapping[str, tuple[int | None, Option]]) -> bool:
-    """Whether all above a device are bridges on the machine's own bus: ACPI does not reach behind pxb-pcie."""
-    seen: set[str] = set()
-    while ident in devices and ident not in seen:
-        seen.add(ident)
-        option = devices[ident][1]
-        if option.get("driver").startswith("pxb"):
-            return False
-        ident = option.get("bus")
-    return True
+def _upwards(bus: str, devices: Devices) -> list[str]:
+    """Return the ids of the ports and bridges that lead to a bus, which is called by the first: nearest first."""
+    found: list[str] = []
+    while bus in devices and bus not in found:
+        found.append(bus)
+        bus = devices[bus][1].get("bus")
+    return found

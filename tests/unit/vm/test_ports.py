@@ -14,7 +14,9 @@ from nvmove.vm.ports import without_hot_plug
 BY_PORT = "-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"
 PORT = "-device pcie-root-port,id=rp,chassis=3"
 PXB = "-device pxb-pcie,id=px,bus_nr=9 -device pcie-root-port,id=rp,bus=px"
-SWITCH = "-device pcie-root-port,id=up -device x3130-upstream,id=us,bus=up -device xio3130-downstream,id=rp,bus=us"
+SWITCH = (
+    "-device pcie-root-port,id=up{0} -device x3130-upstream,id=us,bus=up -device xio3130-downstream,id=rp,bus=us{0}"
+)
 PC = {"ICH9-LPC": {"acpi-pci-hotplug-with-bridge-support": "bool"}}
 DRIVERS = {
     "pcie-root-port": {"hotplug": "bool"},
@@ -34,7 +36,7 @@ def rewritten(line: str, *, is_pc: bool = True, compat: Mapping[str, Mapping[str
     [
         (f"{BY_PORT} {PORT}", f"{BY_PORT} {PORT},hotplug=off"),
         (f"-machine q35,acpi=off {PORT}", f"-machine q35,acpi=off {PORT},hotplug=off"),
-        (f"{BY_PORT} {SWITCH}", f"{BY_PORT} {SWITCH},hotplug=off"),
+        (f"{BY_PORT} {SWITCH.format('')}", f"{BY_PORT} {SWITCH.format(',hotplug=off')}"),
         (PXB, f"{PXB},hotplug=off"),
         (f"{BY_PORT} -device pci-bridge,id=rp", f"{BY_PORT} -device pci-bridge,id=rp,shpc=off"),
         (
@@ -43,7 +45,7 @@ def rewritten(line: str, *, is_pc: bool = True, compat: Mapping[str, Mapping[str
         ),
     ],
 )
-def test_the_port_of_a_disk_has_no_hot_plug_of_its_own(line: str, want: str) -> None:
+def test_the_ports_that_lead_to_a_disk_have_no_hot_plug_of_its_own(line: str, want: str) -> None:
     assert rewritten(line) == want
 
 
@@ -52,7 +54,7 @@ def test_the_port_of_a_disk_has_no_hot_plug_of_its_own(line: str, want: str) -> 
     [
         PORT,
         f"-machine q35,acpi=auto {PORT}",
-        SWITCH,
+        SWITCH.format(""),
         f"{BY_PORT} {PORT},hotplug=on",
         f"{BY_PORT} -global pcie-root-port.hotplug=on {PORT}",
         f"{BY_PORT} -device pcie-root-port,id=another",

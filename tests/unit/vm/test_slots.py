@@ -16,7 +16,8 @@ from nvmove.vm.slots import Slots
 BUS = "/machine/i440fx/pci.0"
 PLACES = {"nv": (BUS, 5 << 3), "beside": (BUS, 5 << 3 | 1), "rng": (BUS, 6 << 3), "fixed": ("/machine/q35/pcie.0", 8)}
 PORT = "/machine/peripheral/rp"
-PLACES["native"] = (f"{PORT}/rp", 0)
+PLACES |= {"native": (f"{PORT}/rp", 0), "rp": ("/machine/q35/pcie.0", 9 << 3)}
+PLACES |= {"far": ("/machine/peripheral/bridge/bridge", 1 << 3), "bridge": (BUS, 7 << 3)}
 
 
 class Objects:
@@ -42,9 +43,12 @@ class Objects:
             return ""
         if arguments["path"] == f"{PORT}/rp":
             return PORT
-        if arguments["path"] == PORT:
-            assert arguments["property"] == "hotplug"
+        if arguments["path"] == "/machine/peripheral/bridge/bridge":
+            return ""
+        if arguments["property"] == "hotplug":
             return self.port_plugs
+        if arguments["path"] in ("/machine/i440fx", "/machine/q35"):
+            return QmpError("GenericError", "Property 'addr' not found")
         name = arguments["path"].removeprefix("/machine/peripheral/")
         if name not in PLACES:
             raise AssertionError(name)
@@ -105,7 +109,9 @@ def test_device_del_of_an_nvme_is_refused_in_every_monitor(name: str) -> None:
 def test_another_function_of_the_slot_is_refused_too() -> None:
     async def story() -> None:
         async with slots() as (facade, _, _):
-            with pytest.raises(QmpError, match="'beside' shares its slot with 'nv' and cannot be unplugged"):
+            with pytest.raises(
+                QmpError, match="'beside' shares its slot with 'nv', or leads to it, and cannot be unplugged"
+            ):
                 await facade.dispatch("device_del", {"id": "beside"})
 
     asyncio.run(story())
@@ -214,3 +220,13 @@ def test_a_port_that_plugs_by_itself_keeps_its_handler_and_is_warned_of(
     asyncio.run(story())
     said = ["the guest can eject 'native' from 'rp', which ends its VM"] if plugs else []
     assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_a_bridge_that_leads_to_a_disk_cannot_be_unplugged_either() -> None:
+    async def story() -> None:
+        async with slots("far") as (facade, _, objects):
+            assert objects.handler == ""
+            with pytest.raises(QmpError, match="'bridge' shares its slot with 'far', or leads to it, and cannot be"):
+                await facade.dispatch("device_del", {"id": "bridge"})
+
+    asyncio.run(story())
