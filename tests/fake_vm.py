@@ -114,6 +114,8 @@ class FakeProcess:
         return {}
 
     async def _qom_get(self, arguments: Any) -> Any:
+        if arguments["path"] == "/machine/q35":
+            return RuntimeError("Property 'q35-pcihost.addr' not found")
         return {"addr": 8, "parent_bus": "/machine/q35/pcie.0"}.get(arguments["property"], "")
 
     async def _query_status(self, _arguments: Any) -> dict[str, Any]:

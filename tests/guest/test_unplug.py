@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.lab.machine import Machine
+from nvmove.lab.machine import ArmMachine, Machine, nvmove_command
+from nvmove.lab.processes import marked
 from nvmove.lab.qmp import QmpError
 from nvmove.lab.sysroot import Sysroot
 from tests.guest.conftest import block_device, disk, loadvm, make_image, savevm
 
 REFUSAL = "Device 'nv' cannot be unplugged: QEMU would abort"
 ROOT_PORT = ["-device", "pcie-root-port,id=rp,addr=7,chassis=3,slot=3"]
+SWITCH = ["-device", "pcie-root-port,id=up,chassis=1,slot=1", "-device", "x3130-upstream,id=us,bus=up"]
+SWITCH += ["-device", "xio3130-downstream,id=rp,bus=us,chassis=2,slot=2"]
 EJECT = "for slot in /sys/bus/pci/slots/*; do [ $(cat $slot/address) = {address} ] && echo 0 > $slot/power; done; true"
 
 
@@ -66,6 +69,32 @@ def test_an_nvme_slot_cannot_be_ejected(
     machine.console.wait_boot(240)
     reads(machine)
     assert machine.quit() == 0
+
+
+NATIVE = {
+    "pc-q35-6.0": ["-M", "pc-q35-6.0", "-device", "pcie-root-port,id=rp,chassis=3,slot=3"],
+    "a switch": ["-M", "q35", "-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off", *SWITCH],
+    "arm64 virt": ["-device", "pcie-root-port,id=rp,chassis=3,slot=3"],
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_port_that_plugs_by_itself_cannot_eject_an_nvme(tree: Sysroot, work: Path, name: str) -> None:
+    """The guest finds no slot with hot plug on the way to its disk."""
+    kind = ArmMachine if name == "arm64 virt" else Machine
+    machine = kind(work / "m", tree, [*nvmove_command(), "run"])
+    try:
+        machine.boot([*NATIVE[name], *disk(make_image(tree, work / "d0.qcow2"), device="id=nv,bus=rp")])
+        machine.console.check("for slot in /sys/bus/pci/slots/*; do [ -e $slot ] && echo 0 > $slot/power; done; true")
+        assert refused(machine, "nv") == REFUSAL
+        reads(machine)
+        savevm(machine, "s")
+        loadvm(machine, "s")
+        reads(machine)
+        assert machine.quit() == 0
+    finally:
+        machine.kill()
+    assert marked(machine.mark) == []
 
 
 def test_a_state_with_another_device_about_to_leave_does_not_hang_at_the_next_reset(

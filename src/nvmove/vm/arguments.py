@@ -19,7 +19,7 @@ from nvmove.options.devices import MSG_TIMEOUT, ParsedController, is_nvme, parse
 from nvmove.options.drives import Drive
 from nvmove.options.syntax import Option, OptionError, parse
 from nvmove.vm import argv as words
-from nvmove.vm import defaults, iommu, memory, monitors, placement
+from nvmove.vm import defaults, iommu, memory, monitors, placement, ports
 from nvmove.vm import program as programs
 from nvmove.vm.argv import Item
 from nvmove.vm.plan import DEFER, DRIVER, Plan, PlannedDevice, PlannedDrive
@@ -91,6 +91,8 @@ class _Lifting:
             substitutes[place] = self.items[place].instead(_vfio_user_pci(controller, device))
         told, is_translated = iommu.told(self.items, self.program.property_types, self.warnings)
         items = placement.place(told, substitutes, self.program.property_types)
+        buses = [str(one.pci.get("bus", "")) for one in parsed]
+        items = ports.without_hot_plug(items, buses, self.defaults.compat, self.program.property_types)
         items = _without_drives(items, used.values())
         lifted = monitors.lift(items, self.directory)
         items = memory.share(lifted.items)

@@ -50,10 +50,13 @@ class Slots:
     async def close(self) -> None:
         """Let nothing be unplugged from here on; call it before the guest runs. Raises QmpError, QemuGone."""
         for ident in self._devices:
-            slot = await self._slot(_path(ident))
-            self._slots[slot] = ident
-            if handler := await self._get(slot[0], _HANDLER):
-                self._handlers[slot[0]] = handler
+            for slot in await self._upwards(_path(ident)):
+                self._slots.setdefault(slot, ident)
+                handler = await self._get(slot[0], _HANDLER)
+                if handler and handler == slot[0].rpartition("/")[0]:
+                    await self._look_at_port(handler, ident)  # a link that QEMU follows without a look
+                elif handler:
+                    self._handlers[slot[0]] = handler
         await self._link(open_=False)
 
     def register(self) -> None:
@@ -103,7 +106,7 @@ class Slots:
             return
         if slot in self._slots:
             ours = self._slots[slot]
-            shared = "" if path == _path(ours) else f" shares its slot with '{ours}' and"
+            shared = "" if path == _path(ours) else f" shares its slot with '{ours}', or leads to it, and"
             raise QmpError("GenericError", f"Device '{name}'{shared} cannot be unplugged: QEMU would abort")
         async with self._opened():
             if slot[0] in self._handlers:
@@ -150,6 +153,15 @@ class Slots:
             if not (self._leaving or self._loaded):
                 await self._link(open_=False)
 
+    async def _look_at_port(self, port: str, ident: str) -> None:
+        """Warn where a port plugs and unplugs by itself, and was not made one that does not (`vm/ports.py`)."""
+        try:
+            is_on = await self._get(port, "hotplug") == "True"
+        except QmpError:
+            is_on = True  # a bridge with SHPC
+        if is_on:
+            log.warning("the guest can eject '%s' from '%s', which ends its VM", ident, port.rpartition("/")[2])
+
     async def _link(self, *, open_: bool) -> None:
         for bus, handler in self._handlers.items():
             value = handler if open_ else ""
@@ -176,6 +188,14 @@ class Slots:
         if found is None:
             raise QmpError("GenericError", f"QEMU's answer to an HMP port read is not understood: {shown.strip()}")
         return int(found[1], 16)
+
+    async def _upwards(self, path: str) -> list[Slot]:
+        """Return the slot of a device, and those of the ports and bridges that lead to it."""
+        slots = [await self._slot(path)]
+        with contextlib.suppress(QmpError):  # the machine's own bus is no PCI device's
+            while True:
+                slots.append(await self._slot(slots[-1][0].rpartition("/")[0]))
+        return slots
 
     async def _slot(self, path: str) -> Slot:
         devfn = int(await self._get(path, "addr"))  # PCI Local Bus 3.0, 3.2.2.3.4: five bits slot, three function

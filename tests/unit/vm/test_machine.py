@@ -84,7 +84,7 @@ def test_qemu_gets_its_arguments_and_the_way_to_the_devices_state(vm: FakeVm) ->
     assert run(vm, meanwhile) == 7
     state = ["-object", "dbus-vmstate,id=nvmove,addr=unix:path=/a,,b"]
     assert vm.qemu.arguments == ["-M", "q35", "-S", *state]
-    slot = ["qom-get", "qom-get", "qom-get"]  # it is closed
+    slot = ["qom-get"] * 4  # it is closed
     asked = ["query-target", "query-pci", "human-monitor-command"]
     assert vm.qemu.executed == ["qmp_capabilities", *asked, *slot, "cont"]
     assert vm.bus.idents == ["nvmove/nv0", "nvmove-vm"]

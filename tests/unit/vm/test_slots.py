@@ -15,6 +15,9 @@ from nvmove.vm.slots import Slots
 
 BUS = "/machine/i440fx/pci.0"
 PLACES = {"nv": (BUS, 5 << 3), "beside": (BUS, 5 << 3 | 1), "rng": (BUS, 6 << 3), "fixed": ("/machine/q35/pcie.0", 8)}
+PORT = "/machine/peripheral/rp"
+PLACES |= {"native": (f"{PORT}/rp", 0), "rp": ("/machine/q35/pcie.0", 9 << 3)}
+PLACES |= {"far": ("/machine/peripheral/bridge/bridge", 1 << 3), "bridge": (BUS, 7 << 3)}
 
 
 class Objects:
@@ -25,6 +28,7 @@ class Objects:
         self.open_at: list[str] = []
         """Plugs and unplugs that came while the bus was open."""
         self.refuses = False
+        self.port_plugs = True
         qemu.answers |= {
             "qom-get": self._get,
             "qom-set": self._set,
@@ -37,6 +41,14 @@ class Objects:
             return self.handler
         if arguments["path"] == "/machine/q35/pcie.0":
             return ""
+        if arguments["path"] == f"{PORT}/rp":
+            return PORT
+        if arguments["path"] == "/machine/peripheral/bridge/bridge":
+            return ""
+        if arguments["property"] == "hotplug":
+            return self.port_plugs
+        if arguments["path"] in ("/machine/i440fx", "/machine/q35"):
+            return QmpError("GenericError", "Property 'addr' not found")
         name = arguments["path"].removeprefix("/machine/peripheral/")
         if name not in PLACES:
             raise AssertionError(name)
@@ -55,9 +67,10 @@ class Objects:
 
 
 @contextlib.asynccontextmanager
-async def slots(*devices: str) -> AsyncIterator[tuple[Facade, FakeQemu, Objects]]:
+async def slots(*devices: str, port_plugs: bool = True) -> AsyncIterator[tuple[Facade, FakeQemu, Objects]]:
     async with facade_on_fake() as (facade, qemu):
         objects = Objects(qemu)
+        objects.port_plugs = port_plugs
         ours = Slots(facade, devices or ("nv",))
         await ours.close()
         ours.register()
@@ -96,7 +109,9 @@ def test_device_del_of_an_nvme_is_refused_in_every_monitor(name: str) -> None:
 def test_another_function_of_the_slot_is_refused_too() -> None:
     async def story() -> None:
         async with slots() as (facade, _, _):
-            with pytest.raises(QmpError, match="'beside' shares its slot with 'nv' and cannot be unplugged"):
+            with pytest.raises(
+                QmpError, match="'beside' shares its slot with 'nv', or leads to it, and cannot be unplugged"
+            ):
                 await facade.dispatch("device_del", {"id": "beside"})
 
     asyncio.run(story())
@@ -186,5 +201,32 @@ def test_a_state_that_asked_for_a_device_keeps_the_bus_open_until_it_has_left() 
             assert objects.open_at == ["after"], "one of two has yet to leave"
             qemu.event("DEVICE_DELETED", path="/machine/peripheral-anon/device[0]")
             await until_closed(objects)
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("plugs", [False, True])
+def test_a_port_that_plugs_by_itself_keeps_its_handler_and_is_warned_of(
+    plugs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """QEMU follows the link of such a bus without a look whether there is one."""
+
+    async def story() -> None:
+        async with slots("native", port_plugs=plugs) as (facade, qemu, _):
+            assert "qom-set" not in [request["execute"] for request in qemu.requests]
+            with pytest.raises(QmpError, match="Device 'native' cannot be unplugged"):
+                await facade.dispatch("device_del", {"id": "native"})
+
+    asyncio.run(story())
+    said = ["the guest can eject 'native' from 'rp', which ends its VM"] if plugs else []
+    assert [record.getMessage() for record in caplog.records] == said
+
+
+def test_a_bridge_that_leads_to_a_disk_cannot_be_unplugged_either() -> None:
+    async def story() -> None:
+        async with slots("far") as (facade, _, objects):
+            assert objects.handler == ""
+            with pytest.raises(QmpError, match="'bridge' shares its slot with 'far', or leads to it, and cannot be"):
+                await facade.dispatch("device_del", {"id": "bridge"})
 
     asyncio.run(story())
