@@ -9,9 +9,9 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from nvmove.vm.monitor import Facade, QemuClient
-from nvmove.vm.qmpserver import QmpSession, serve_stream
-from nvmove.vm.stream import Pipe, Stream
+from nvmove.vm.monitor.facade import Facade, QemuClient
+from nvmove.vm.monitor.qmpserver import QmpSession, serve_stream
+from nvmove.vm.monitor.stream import Pipe, Stream
 
 VERSION = {"qemu": {"micro": 3, "minor": 1, "major": 11}, "package": "fake"}
 HELP = (

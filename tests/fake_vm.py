@@ -16,7 +16,7 @@ import pytest
 from nvmove.block.config import DriveConfig
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.vm import qemu
-from nvmove.vm.plan import Plan, PlannedDevice, PlannedDrive
+from nvmove.vm.line.plan import Plan, PlannedDevice, PlannedDrive
 from nvmove.vmstate.bus import VMStateBus
 from tests.directories import short_directory
 from tests.fake_qemu import FakeQemu

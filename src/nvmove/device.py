@@ -297,7 +297,7 @@ class NvmeDevice:
             if drive in {None, namespace.config.drive}:
                 management.resized(self.controller, namespace.nsid)
 
-    # --- PCI replay (vm/replay.py) -----------------------------------------------------------------------------------
+    # --- PCI replay (vm/moves/replay.py) -----------------------------------------------------------------------------
 
     @property
     def pci_config(self) -> bytes:

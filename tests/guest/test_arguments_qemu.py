@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from nvmove.options.properties import OWN, OWN_CONTROLLER, PROPERTIES
-from nvmove.vm import arguments, argv
-from nvmove.vm.program import QemuProgram, find
+from nvmove.vm.line import arguments, argv
+from nvmove.vm.line.program import QemuProgram, find
 from tests.qemu_messages import BAD_DEVICES, BAD_DRIVES, BAD_NAMESPACES
 
 pytestmark = pytest.mark.timeout(60)

@@ -13,8 +13,8 @@ from nvmove.lab.fio import Fio, disk_complaints, wait_writes
 from nvmove.lab.machine import Machine
 from nvmove.lab.migration import ENDED, Traveller, migrate_status, wait_run_state, wait_status
 from nvmove.lab.sysroot import Sysroot
-from nvmove.vm.pciaddress import CONFIG_ADDRESS, CONFIG_DATA, find
-from nvmove.vm.replay import MSIX_CONTROL, MSIX_FUNCTION_MASK
+from nvmove.vm.moves.pciaddress import CONFIG_ADDRESS, CONFIG_DATA, find
+from nvmove.vm.moves.replay import MSIX_CONTROL, MSIX_FUNCTION_MASK
 from tests.guest.conftest import MachineFactory, disk, loadvm, make_image, savevm
 
 FIO = Fio("v", blocks=900, rate=200)

@@ -30,9 +30,9 @@ from nvmove.lab.sysroot import Sysroot
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
-from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, find
-from nvmove.vm.qtest import QTest
-from nvmove.vm.replay import read_msix_table, replay
+from nvmove.vm.moves.pciaddress import ConfigSpace, ConfigSpaces, find
+from nvmove.vm.moves.qtest import QTest
+from nvmove.vm.moves.replay import read_msix_table, replay
 from nvmove.vmstate.bus import VMStateBus
 from tests.guest.conftest import MachineFactory, clean_machine, disk, make_image
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.vm.endpoints import MonitorEndpoint, MonitorMode, TcpAddress, UnixAddress
-from nvmove.vm.monitor import Facade, QemuClient
-from nvmove.vm.serving import Monitors
-from nvmove.vm.stream import Stream
+from nvmove.vm.line.endpoints import MonitorEndpoint, MonitorMode, TcpAddress, UnixAddress
+from nvmove.vm.monitor.facade import Facade, QemuClient
+from nvmove.vm.monitor.serving import Monitors
+from nvmove.vm.monitor.stream import Stream
 
 QMP, HMP = MonitorMode.CONTROL, MonitorMode.READLINE
 

@@ -23,7 +23,7 @@ from nvmove.vfio import message
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, ERROR, MSIX
 from nvmove.vfio.transport import Connection
-from nvmove.vm.snapshot import SavedDevice
+from nvmove.vm.moves.snapshot import SavedDevice
 from nvmove.vmstate.bus import Stateful
 from nvmove.vmstate.schema import StateError
 

@@ -9,8 +9,8 @@ import pytest
 from nvmove.block.config import DriveConfig, OpenOptions
 from nvmove.block.policy import ErrorPolicy
 from nvmove.block.raw.backend import open_raw
-from nvmove.vm import blockinfo
-from nvmove.vm.blockinfo import ServedDrive
+from nvmove.vm.disks import blockinfo
+from nvmove.vm.disks.blockinfo import ServedDrive
 
 QEMU_TEXT = (
     "d0 (#block240): a.qcow2 (qcow2)\r\n"

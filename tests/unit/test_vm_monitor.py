@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from tests.fake_qemu import FakeQemu, Terminal, facade_on_fake, qmp_terminal
 
-from nvmove.vm.monitor import Event, Facade, QemuGone, QmpError
-from nvmove.vm.qmpserver import QmpSession, serve_stream
-from nvmove.vm.stream import Stream
+from nvmove.vm.monitor.facade import Event, Facade, QemuGone, QmpError
+from nvmove.vm.monitor.qmpserver import QmpSession, serve_stream
+from nvmove.vm.monitor.stream import Stream
 
 
 def with_fake(test: Callable[[Facade, FakeQemu], Awaitable[None]]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvmove.vm.qmpjson import ParseError, Reader, Value, encode
+from nvmove.vm.monitor.qmpjson import ParseError, Reader, Value, encode
 
 
 def read(data: bytes, reader: Reader | None = None) -> list[Value | ParseError]:
@@ -106,7 +106,7 @@ def test_nesting_has_a_limit_and_the_rest_of_the_value_is_skipped() -> None:
 
 
 def test_a_token_has_a_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvmove.vm.qmpjson.MAX_TOKEN_BYTES", 1000)
+    monkeypatch.setattr("nvmove.vm.monitor.qmpjson.MAX_TOKEN_BYTES", 1000)
     reader = Reader()
     assert [ParseError("JSON token size limit exceeded")] == read(b'"' + b"x" * 1001, reader)
     assert [Value({})] == read(b"\n{}", reader)

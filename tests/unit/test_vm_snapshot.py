@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from nvmove.vm.pciaddress import ConfigSpace, ConfigSpaces, PciAddress, find
-from nvmove.vm.qtest import ReplayError
-from nvmove.vm.replay import MSIX_CONTROL, read_msix_table, replay
-from nvmove.vm.runstate import RunState
-from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.moves.pciaddress import ConfigSpace, ConfigSpaces, PciAddress, find
+from nvmove.vm.moves.qtest import ReplayError
+from nvmove.vm.moves.replay import MSIX_CONTROL, read_msix_table, replay
+from nvmove.vm.moves.runstate import RunState
+from nvmove.vm.moves.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.dbus_daemon import BusError
 
 BAR = 0xFEBF_8000

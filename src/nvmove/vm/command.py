@@ -13,8 +13,8 @@ from typing import NoReturn
 from nvmove.block.fault import FaultRules
 from nvmove.errors import UserError
 from nvmove.options.faults import add_argument, parse_fault
-from nvmove.vm.arguments import lift
-from nvmove.vm.plan import Plan
+from nvmove.vm.line.arguments import lift
+from nvmove.vm.line.plan import Plan
 from nvmove.vm.rundir import RunDirectory
 
 _MORE = """\

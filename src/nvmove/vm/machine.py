@@ -32,32 +32,32 @@ from nvmove.errors import UserError
 from nvmove.limits import raise_descriptors
 from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.blockstats import BlockStats
-from nvmove.vm.capabilities import Capabilities
-from nvmove.vm.exports import Export, cluster_sizes, open_exports
-from nvmove.vm.faults import FaultCommands
-from nvmove.vm.handlers import Handlers
-from nvmove.vm.images import Image, Images
-from nvmove.vm.incoming import Incoming
-from nvmove.vm.ioerrors import IoErrors
-from nvmove.vm.iostatus import IoStatus
-from nvmove.vm.machinestate import MachineState, Namespace
-from nvmove.vm.migration import Migration
-from nvmove.vm.monitor import Facade, QemuClient, QemuGone, QmpError
-from nvmove.vm.nbdserver import NbdServer
-from nvmove.vm.ownimages import OwnImages
-from nvmove.vm.pciaddress import ConfigSpaces
-from nvmove.vm.plan import DRIVER, Plan, PlannedDrive
+from nvmove.vm.disks.blockinfo import ServedDrive
+from nvmove.vm.disks.blockstats import BlockStats
+from nvmove.vm.disks.exports import Export, cluster_sizes, open_exports
+from nvmove.vm.disks.faults import FaultCommands
+from nvmove.vm.disks.ioerrors import IoErrors
+from nvmove.vm.disks.iostatus import IoStatus
+from nvmove.vm.disks.nbdserver import NbdServer
+from nvmove.vm.disks.ownimages import OwnImages
+from nvmove.vm.disks.queryblock import QueryBlock
+from nvmove.vm.disks.resize import Disk, Resizable, Resize
+from nvmove.vm.disks.stalls import Stalls
+from nvmove.vm.line.plan import DRIVER, Plan, PlannedDrive
+from nvmove.vm.monitor.facade import Facade, QemuClient, QemuGone, QmpError
+from nvmove.vm.monitor.serving import Monitors
+from nvmove.vm.moves.capabilities import Capabilities
+from nvmove.vm.moves.handlers import Handlers
+from nvmove.vm.moves.images import Image, Images
+from nvmove.vm.moves.incoming import Incoming
+from nvmove.vm.moves.machinestate import MachineState, Namespace
+from nvmove.vm.moves.migration import Migration
+from nvmove.vm.moves.pciaddress import ConfigSpaces
+from nvmove.vm.moves.qtest import QTest, ReplayError
+from nvmove.vm.moves.runstate import RunState
+from nvmove.vm.moves.snapshot import SnapshotError, Snapshots, failure
 from nvmove.vm.qemuerrors import ErrorRelay, Wording
-from nvmove.vm.qtest import QTest, ReplayError
-from nvmove.vm.queryblock import QueryBlock
-from nvmove.vm.resize import Disk, Resizable, Resize
-from nvmove.vm.runstate import RunState
-from nvmove.vm.serving import Monitors
 from nvmove.vm.slots import Slots
-from nvmove.vm.snapshot import SnapshotError, Snapshots, failure
-from nvmove.vm.stalls import Stalls
 from nvmove.vmstate.bus import VMStateBus
 from nvmove.vmstate.dbus_daemon import BusError
 from nvmove.vmstate.machine import IDENT

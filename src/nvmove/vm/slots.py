@@ -19,7 +19,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from typing import Any
 
-from nvmove.vm.monitor import Facade, QemuGone, QmpError
+from nvmove.vm.monitor.facade import Facade, QemuGone, QmpError
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class Slots:
                 await self._link(open_=False)
 
     async def _look_at_port(self, port: str, ident: str) -> None:
-        """Warn where a port plugs and unplugs by itself, and was not made one that does not (`vm/ports.py`)."""
+        """Warn where a port plugs and unplugs by itself, and was not made one that does not (`vm/line/ports.py`)."""
         try:
             is_on = await self._get(port, "hotplug") == "True"
         except QmpError:

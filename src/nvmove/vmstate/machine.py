@@ -1,4 +1,4 @@
-"""How the state of the VM as a whole lies in the stream (vm/machinestate.py; docs/reference/state-format.md)."""
+"""How the state of the VM as a whole lies in the stream (vm/moves/machinestate.py; docs/reference/state-format.md)."""
 
 from __future__ import annotations
 

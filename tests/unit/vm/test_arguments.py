@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from nvmove.block.config import OpenOptions
 from nvmove.errors import UserError
-from nvmove.vm import arguments
-from nvmove.vm.endpoints import MonitorMode, StdioAddress, UnixAddress
-from nvmove.vm.plan import Plan
+from nvmove.vm.line import arguments
+from nvmove.vm.line.endpoints import MonitorMode, StdioAddress, UnixAddress
+from nvmove.vm.line.plan import Plan
 
 RUN = Path("/run/x")
 TAIL = (

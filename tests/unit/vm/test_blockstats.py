@@ -11,9 +11,9 @@ from tests.nvme_guest import Disk
 from nvmove.block.backend import Operation
 from nvmove.block.config import DriveConfig
 from nvmove.nvme.counters import Counters
-from nvmove.vm import blockstats
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.blockstats import BlockStats
+from nvmove.vm.disks import blockstats
+from nvmove.vm.disks.blockinfo import ServedDrive
+from nvmove.vm.disks.blockstats import BlockStats
 
 OF_QEMU = {"rd_bytes": 0, "rd_operations": 0, "wr_highest_offset": 77, "rd_total_time_ns": 0}
 OTHER = {"device": "cd", "stats": OF_QEMU, "qdev": "ide0"}

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from nvmove.options.syntax import OptionError
-from nvmove.vm import chardevs, endpoints
-from nvmove.vm.chardevs import Endpoint
+from nvmove.vm.line import chardevs, endpoints
+from nvmove.vm.line.chardevs import Endpoint
 
 
 def short(device: str) -> Endpoint:

@@ -15,9 +15,10 @@ import pytest
 
 from nvmove.block.fault import FaultRules
 from nvmove.errors import UserError
-from nvmove.vm import command, machine, program
-from nvmove.vm.plan import Plan
-from nvmove.vm.program import QemuProgram
+from nvmove.vm import command, machine
+from nvmove.vm.line import program
+from nvmove.vm.line.plan import Plan
+from nvmove.vm.line.program import QemuProgram
 
 NVME = ["-drive", "if=none,id=d0,file=/absent/d.raw,format=raw,node-name=n0", "-device", "nvme,serial=S1,drive=d0"]
 
@@ -169,7 +170,7 @@ print(*sys.modules)
     )
     assert ran.stderr == "nvmove: -device nvme,drive=d0: serial property not set\n"
     loaded = set(ran.stdout.split())
-    assert "nvmove.vm.arguments" in loaded
+    assert "nvmove.vm.line.arguments" in loaded
     late = {"asyncio", "ssl", "ctypes", "importlib.metadata", "dbus_fast", "qemu.qmp", "xml.sax", "nvmove.device"}
     parts = ("nvmove.engine", "nvmove.vfio", "nvmove.pci", "nvmove.vmstate", "nvmove.vm.machine", "nvmove.vm.monitor")
     assert loaded & late == set()

@@ -11,9 +11,9 @@ from tests.nvme_guest import Disk
 
 from nvmove.block.backend import BackendError
 from nvmove.block.config import OpenOptions
-from nvmove.vm import exports
-from nvmove.vm.exports import Export, open_exports
-from nvmove.vm.monitor import QmpError
+from nvmove.vm.disks import exports
+from nvmove.vm.disks.exports import Export, open_exports
+from nvmove.vm.monitor.facade import QmpError
 
 SOCKET = Path("/run/nbd")
 TWO = [Export("d0", "n0", writable=True, name="secret0"), Export("d1", "#block3", writable=False, name="secret1")]

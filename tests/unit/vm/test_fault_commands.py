@@ -11,7 +11,7 @@ from tests.fake_qemu import facade_on_fake, qmp_terminal
 
 from nvmove.block.backend import Operation
 from nvmove.block.fault import FaultRule, FaultRules
-from nvmove.vm.faults import FaultCommands
+from nvmove.vm.disks.faults import FaultCommands
 
 
 def talk(rules: FaultRules, *commands: tuple[str, dict[str, Any]]) -> list[Any]:

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 from tests.fake_qemu import FakeQemu, facade_on_fake
 
-from nvmove.vm.handlers import Handlers
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.qtest import ReplayError
-from nvmove.vm.runstate import RunState
-from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.monitor.facade import Facade, QmpError
+from nvmove.vm.moves.handlers import Handlers
+from nvmove.vm.moves.qtest import ReplayError
+from nvmove.vm.moves.runstate import RunState
+from nvmove.vm.moves.snapshot import SnapshotError, Snapshots
 
 
 class Device:

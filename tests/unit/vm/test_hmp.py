@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tests.fake_qemu import FakeQemu, Terminal, facade_on_fake
 
-from nvmove.vm.hmp import HmpSession
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.mux import EscapeDecoder, HmpParty, Mux, PortParty, QmpParty, help_text
-from nvmove.vm.stream import Pipe
+from nvmove.vm.monitor.facade import Facade, QmpError
+from nvmove.vm.monitor.hmp import HmpSession
+from nvmove.vm.monitor.mux import EscapeDecoder, HmpParty, Mux, PortParty, QmpParty, help_text
+from nvmove.vm.monitor.stream import Pipe
 
 BANNER = b"QEMU 11.1.3 monitor - type 'help' for more information\r\n(qemu) "
 PROMPT = b"\r\n(qemu) "

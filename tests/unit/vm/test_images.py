@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from nvmove.block.backend import BackendError
-from nvmove.vm.images import Images
+from nvmove.vm.moves.images import Images
 
 
 class Image:

@@ -11,15 +11,15 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.block.backend import BackendError
 from nvmove.errors import UserError
-from nvmove.vm.capabilities import EVENTS, Capabilities
-from nvmove.vm.images import Images
-from nvmove.vm.incoming import Incoming
-from nvmove.vm.iostatus import IoStatus
-from nvmove.vm.machinestate import MachineState
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.qtest import ReplayError
-from nvmove.vm.runstate import RunState
-from nvmove.vm.snapshot import SavedDevice, Snapshots
+from nvmove.vm.disks.iostatus import IoStatus
+from nvmove.vm.monitor.facade import Facade, QmpError
+from nvmove.vm.moves.capabilities import EVENTS, Capabilities
+from nvmove.vm.moves.images import Images
+from nvmove.vm.moves.incoming import Incoming
+from nvmove.vm.moves.machinestate import MachineState
+from nvmove.vm.moves.qtest import ReplayError
+from nvmove.vm.moves.runstate import RunState
+from nvmove.vm.moves.snapshot import SavedDevice, Snapshots
 
 
 class Bench:

@@ -13,10 +13,10 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.block.config import DriveConfig
 from nvmove.block.policy import Action, ErrorPolicy, ErrorReport
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.ioerrors import IoErrors
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.runstate import RunState
+from nvmove.vm.disks.blockinfo import ServedDrive
+from nvmove.vm.disks.ioerrors import IoErrors
+from nvmove.vm.monitor.facade import Facade, QmpError
+from nvmove.vm.moves.runstate import RunState
 
 FULL = ErrorReport("d0", is_read=False, action=Action.STOP, errno=errno.ENOSPC)
 BROKEN = ErrorReport("d0", is_read=True, action=Action.STOP, errno=errno.EIO)
@@ -383,7 +383,7 @@ def test_io_error_lasts_through_an_operation_on_the_stopped_vm() -> None:
 
 
 def test_reported_and_ignored_errors_are_throttled_and_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvmove.vm.throttle.PERIOD", 1000)
+    monkeypatch.setattr("nvmove.vm.monitor.throttle.PERIOD", 1000)
 
     async def test(vm: Scene) -> None:
         vm.fail(REPORTED, IGNORED, REPORTED)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from nvmove.options.syntax import OptionError
-from nvmove.vm import argv
-from nvmove.vm.iommu import told
+from nvmove.vm.line import argv
+from nvmove.vm.line.iommu import told
 
 NEEDED = "nvmove's disks have to be told what the guest maps"
 IMPOSSIBLE = "nvmove's disks cannot work behind this IOMMU: QEMU does not tell them what the guest maps"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvmove.vm.lineedit import MAX_HISTORY, MAX_LINE, LineEditor, columns
+from nvmove.vm.monitor.lineedit import MAX_HISTORY, MAX_LINE, LineEditor, columns
 
 D = b"\x1b[D"
 C = b"\x1b[C"

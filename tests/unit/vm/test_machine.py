@@ -20,8 +20,8 @@ from tests.nvme_guest import Disk
 from nvmove.block.backend import BackendError
 from nvmove.block.fault import FaultRule, FaultRules
 from nvmove.errors import UserError
-from nvmove.vm import exports
-from nvmove.vm.endpoints import MonitorEndpoint, MonitorMode, UnixAddress
+from nvmove.vm.disks import exports
+from nvmove.vm.line.endpoints import MonitorEndpoint, MonitorMode, UnixAddress
 from nvmove.vm.machine import Machine
 from nvmove.vmstate.bus import VMStateBus
 

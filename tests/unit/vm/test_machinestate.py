@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.vm.iostatus import IoStatus
-from nvmove.vm.machinestate import MachineState
+from nvmove.vm.disks.iostatus import IoStatus
+from nvmove.vm.moves.machinestate import MachineState
 from nvmove.vmstate import stream
 from nvmove.vmstate.machine import IDENT, VM
 from nvmove.vmstate.schema import StateError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvmove.vm.migratetext import Command, in_place, parse, progress, shown
+from nvmove.vm.moves.migratetext import Command, in_place, parse, progress, shown
 
 
 @pytest.mark.parametrize(

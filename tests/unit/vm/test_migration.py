@@ -16,14 +16,14 @@ from tests.fake_qemu import FakeQemu, Terminal, facade_on_fake, qmp_terminal
 from nvmove.block.backend import BackendError
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
-from nvmove.vm import migration
-from nvmove.vm.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities
-from nvmove.vm.hmp import HmpSession
-from nvmove.vm.images import Images
-from nvmove.vm.migration import Migration, Stage, has_way_back
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.runstate import RunState
-from nvmove.vm.snapshot import SnapshotError, Snapshots
+from nvmove.vm.monitor.facade import Facade, QmpError
+from nvmove.vm.monitor.hmp import HmpSession
+from nvmove.vm.moves import migration
+from nvmove.vm.moves.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities
+from nvmove.vm.moves.images import Images
+from nvmove.vm.moves.migration import Migration, Stage, has_way_back
+from nvmove.vm.moves.runstate import RunState
+from nvmove.vm.moves.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.dbus_daemon import BusError
 
 URI = {"uri": "unix:/there"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nvmove.options.syntax import OptionError
-from nvmove.vm import monitors
-from nvmove.vm.argv import Item
+from nvmove.vm.line import monitors
+from nvmove.vm.line.argv import Item
 
 
 def lifted(*arguments: tuple[str, str]) -> monitors.Monitors:

@@ -16,9 +16,7 @@ from pathlib import Path
 import pytest
 from tests.nbd_server import exactly
 
-from nvmove.vm.endpoints import UnixAddress
-from nvmove.vm.listener import Listener
-from nvmove.vm.nbdproxy import (
+from nvmove.vm.disks.nbdproxy import (
     GREETING,
     OPT_ABORT,
     OPT_EXPORT_NAME,
@@ -37,6 +35,8 @@ from nvmove.vm.nbdproxy import (
     negotiate,
     reply,
 )
+from nvmove.vm.line.endpoints import UnixAddress
+from nvmove.vm.monitor.listener import Listener
 
 ERR_UNSUP = REP_FLAG_ERROR | 1
 EXPORTS = {b"theirs": 512, b"secret": 1024}

@@ -12,12 +12,12 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 from tests.nvme_guest import Disk
 
 from nvmove.block.config import DriveConfig, OpenOptions
-from nvmove.vm import exports as exports_module
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.endpoints import TcpAddress, UnixAddress
-from nvmove.vm.exports import Export, current_node, remove_export
-from nvmove.vm.monitor import Facade, QmpError
-from nvmove.vm.nbdserver import NbdServer, address, hmp_address
+from nvmove.vm.disks import exports as exports_module
+from nvmove.vm.disks.blockinfo import ServedDrive
+from nvmove.vm.disks.exports import Export, current_node, remove_export
+from nvmove.vm.disks.nbdserver import NbdServer, address, hmp_address
+from nvmove.vm.line.endpoints import TcpAddress, UnixAddress
+from nvmove.vm.monitor.facade import Facade, QmpError
 
 OURS = "nvmove-secret"
 RUNNING = "NBD server already running"

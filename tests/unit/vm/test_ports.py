@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.vm import argv
-from nvmove.vm.ports import without_hot_plug
+from nvmove.vm.line import argv
+from nvmove.vm.line.ports import without_hot_plug
 
 BY_PORT = "-global ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"
 PORT = "-device pcie-root-port,id=rp,chassis=3"

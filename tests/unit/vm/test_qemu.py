@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nvmove.errors import UserError
-from nvmove.vm import program, qemu
+from nvmove.vm import qemu
+from nvmove.vm.line import program
 
 QEMU_11 = "QEMU emulator version 11.1.3 (Debian)"
 VFIO = "echo '  addr=<str>'; echo '  socket=<SocketAddress> - SocketAddress (UNIX sockets only)'"

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 from tests.directories import short_directory
 
-from nvmove.vm.monitor import QemuGone
-from nvmove.vm.qtest import QTest, ReplayError
+from nvmove.vm.monitor.facade import QemuGone
+from nvmove.vm.moves.qtest import QTest, ReplayError
 
 Answer = Callable[[str], str]
 

@@ -10,9 +10,9 @@ from tests.fake_qemu import FakeQemu, facade_on_fake
 from tests.nvme_guest import Disk
 
 from nvmove.block.config import DriveConfig
-from nvmove.vm.blockinfo import ServedDrive
-from nvmove.vm.monitor import Facade
-from nvmove.vm.queryblock import QueryBlock
+from nvmove.vm.disks.blockinfo import ServedDrive
+from nvmove.vm.disks.queryblock import QueryBlock
+from nvmove.vm.monitor.facade import Facade
 
 
 class Bench:

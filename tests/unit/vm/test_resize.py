@@ -11,10 +11,10 @@ import pytest
 from nvmove.block.backend import BackendError
 from nvmove.block.config import OpenOptions
 from nvmove.block.raw.backend import open_raw
-from nvmove.vm.exports import Export
-from nvmove.vm.monitor import QmpError
-from nvmove.vm.resize import Disk, Resize
-from nvmove.vm.runstate import RunState
+from nvmove.vm.disks.exports import Export
+from nvmove.vm.disks.resize import Disk, Resize
+from nvmove.vm.monitor.facade import QmpError
+from nvmove.vm.moves.runstate import RunState
 
 
 class Monitor:

@@ -19,8 +19,7 @@ import pytest
 from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.errors import UserError
-from nvmove.vm.chardev import SocketServer
-from nvmove.vm.endpoints import (
+from nvmove.vm.line.endpoints import (
     Address,
     FdAddress,
     FileAddress,
@@ -33,10 +32,11 @@ from nvmove.vm.endpoints import (
     TcpAddress,
     UnixAddress,
 )
-from nvmove.vm.listener import unix_name
-from nvmove.vm.serving import Monitors
-from nvmove.vm.stream import Stream
-from nvmove.vm.telnet import GREETING, TelnetDecoder
+from nvmove.vm.monitor.chardev import SocketServer
+from nvmove.vm.monitor.listener import unix_name
+from nvmove.vm.monitor.serving import Monitors
+from nvmove.vm.monitor.stream import Stream
+from nvmove.vm.monitor.telnet import GREETING, TelnetDecoder
 
 BANNER = b"QEMU 11.1.3 monitor - type 'help' for more information\r\n(qemu) "
 
@@ -150,7 +150,7 @@ def test_several_clients_at_once_and_each_sees_its_end(tmp_path: Path) -> None:
 def test_a_client_that_does_not_read_is_dropped_and_costs_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvmove.vm.stream.MAX_UNREAD", 1 << 20)
+    monkeypatch.setattr("nvmove.vm.monitor.stream.MAX_UNREAD", 1 << 20)
     path = str(tmp_path / "q.sock")
 
     async def test(_monitors: Monitors, qemu: FakeQemu) -> None:

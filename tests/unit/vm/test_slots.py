@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.fake_qemu import FakeQemu, facade_on_fake
 
-from nvmove.vm.monitor import Facade, QmpError
+from nvmove.vm.monitor.facade import Facade, QmpError
 from nvmove.vm.slots import Slots
 
 BUS = "/machine/i440fx/pci.0"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.fake_qemu import facade_on_fake
 
-from nvmove.vm import stalls
-from nvmove.vm.runstate import RunState
-from nvmove.vm.stalls import Stalls
+from nvmove.vm.disks import stalls
+from nvmove.vm.disks.stalls import Stalls
+from nvmove.vm.moves.runstate import RunState
 
 LIMIT = 20
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from nvmove.vm.throttle import Event, Throttle
+from nvmove.vm.monitor.throttle import Event, Throttle
 
 
 class Clock:

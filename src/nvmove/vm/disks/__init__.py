@@ -1,0 +1,1 @@
+"""The VM's disks as its monitors and QEMU's block layer have them."""
