@@ -8,6 +8,7 @@ from tests.nvme_guest import Guest
 
 from nvmove.block.backend import Operation
 from nvmove.nvme import events
+from nvmove.nvme.commands import notices
 from nvmove.nvme.events import NAMESPACE_CHANGED, TEMPERATURE_THRESHOLD, EventQueue, is_enabled
 from nvmove.nvme.spec import DOORBELLS, Admin, Feature, Log, Status
 
@@ -17,7 +18,7 @@ DOORBELL_RESULT = 0x01_0000
 
 
 def changed(guest: Guest) -> None:
-    events.namespace_changed(guest.controller, 1)
+    notices.namespace_changed(guest.controller, 1)
     guest.drain()
 
 

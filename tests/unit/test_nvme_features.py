@@ -8,8 +8,8 @@ import pytest
 from tests.nvme_guest import IO_CQ, Disk, Guest, namespace
 
 from nvmove.block.backend import Operation
-from nvmove.nvme.commands.features import Features
 from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.features import Features
 from nvmove.nvme.spec import Admin, Feature, Register, Status
 
 CURRENT, DEFAULT, SAVED, SUPPORTED = range(4)

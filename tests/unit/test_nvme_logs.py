@@ -9,9 +9,10 @@ import pytest
 from tests.nvme_guest import Guest, namespace
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events
-from nvmove.nvme.commands.logs import PAGES, Logs, Smart
+from nvmove.nvme.commands import notices
+from nvmove.nvme.commands.logs import PAGES
 from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.logs import Logs, Smart
 from nvmove.nvme.spec import Feature, Log, Nvm, Status
 
 
@@ -135,7 +136,7 @@ def test_the_firmware_slot_has_the_revision(guest: Guest) -> None:
 def test_changed_namespaces_are_listed_until_they_are_read() -> None:
     guest = Guest(namespace(), namespace(), namespace())
     for nsid in (3, 1, 3):
-        events.namespace_changed(guest.controller, nsid)
+        notices.namespace_changed(guest.controller, nsid)
     with_rae = guest.get_log(Log.CHANGED_NAMESPACES, 4096, rae=True).data
     assert struct.unpack_from("<3I", with_rae) == (1, 3, 0)
     assert guest.get_log(Log.CHANGED_NAMESPACES, 4096).data == with_rae
@@ -143,7 +144,7 @@ def test_changed_namespaces_are_listed_until_they_are_read() -> None:
 
 
 def test_a_list_that_did_not_reach_the_guest_is_kept(guest: Guest) -> None:
-    events.namespace_changed(guest.controller, 1)
+    notices.namespace_changed(guest.controller, 1)
     guest.memory.fails_on_finish = True
     assert guest.get_log(Log.CHANGED_NAMESPACES, 4096).status == Status.DATA_TRANSFER_ERROR
     assert guest.get_log(Log.CHANGED_NAMESPACES, 4096, offset=8192).status == Status.INVALID_FIELD

@@ -27,13 +27,13 @@ from nvmove.block.backend import Backend
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.nvme.activity import Activity, Callback, call
 from nvmove.nvme.commands.command import Command
-from nvmove.nvme.commands.features import Features
-from nvmove.nvme.commands.logs import Logs
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.doorbells import Doorbells, Place
 from nvmove.nvme.errors import CommandError, StateError
 from nvmove.nvme.events import EventQueue
+from nvmove.nvme.features import Features
 from nvmove.nvme.leases import Leases
+from nvmove.nvme.logs import Logs
 from nvmove.nvme.namespace import NamespaceTable
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.ratelimit import RateLimit

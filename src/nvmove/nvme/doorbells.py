@@ -26,18 +26,15 @@ import ctypes
 import enum
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from nvmove.nvme.activity import call
+from nvmove.nvme import core
+from nvmove.nvme.activity import Activity, call
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import EVENT_INVALID_DOORBELL_VALUE, EventType, Log, Status
 from nvmove.nvme.state.saved import DoorbellsState, LateState
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
 
 CELL = 4
 """Bytes of a doorbell, a shadow doorbell and an EventIdx: CAP.DSTRD is 0."""
@@ -83,6 +80,28 @@ class _Watch(NamedTuple):
     rings: list[Ring]
     dbs: int
     eis: int
+
+
+class Fetched(Protocol):
+    """The command that configures doorbells in memory."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether the controller was disabled or reset since it was fetched."""
+
+
+class Controller(core.Controller, Protocol):
+    """What doorbells use of their controller."""
+
+    @property
+    def activity(self) -> Activity:
+        """What is in flight."""
+
+    def woken(self, queue: Ring) -> None:
+        """A queue's doorbell has changed in memory. With the lock held."""
+
+    def head_moved(self, cq: CompletionQueue, was_full: bool) -> None:
+        """The host has consumed completions. With the lock held."""
 
 
 class Doorbells:
@@ -147,12 +166,12 @@ class Doorbells:
 
     # --- Doorbell Buffer Config --------------------------------------------------------------------------------------
 
-    def configure(self, command: Command, dbs: int, eis: int) -> None:
+    def configure(self, command: Fetched, dbs: int, eis: int) -> None:
         """Put the doorbells' values into both buffers, and look there from now on; raise CommandError."""
         with self._controller.leases.suspended():
             self._configure(command, dbs, eis)
 
-    def _configure(self, command: Command, dbs: int, eis: int) -> None:
+    def _configure(self, command: Fetched, dbs: int, eis: int) -> None:
         controller = self._controller
         if self.enabled:  # what is in the old buffers counts; the command is in flight, so they are there
             for ring in [ring for ring in self._rings() if cell_of(ring) < self.cells]:

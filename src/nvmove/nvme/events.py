@@ -8,7 +8,7 @@ lock held: they only move entries about. The admin queue's worker posts what `de
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nvmove.nvme.spec import (
     ASYNC_CONFIG_NAMESPACE,
@@ -24,9 +24,6 @@ from nvmove.nvme.spec import (
     Log,
 )
 from nvmove.nvme.state import saved as state
-
-if TYPE_CHECKING:
-    from nvmove.nvme.controller import Controller
 
 
 class Event(NamedTuple):
@@ -131,6 +128,14 @@ class EventQueue:
         self.masked = set(saved.masked)
 
 
+def critical(appeared: int, configuration: int) -> list[Event]:
+    """Return the events of critical warning bits `appeared` that Asynchronous Event Configuration lets through.
+
+    Base figure 207.
+    """
+    return [event for event, bits in _SMART_ENABLE.items() if appeared & bits & configuration]
+
+
 def is_enabled(event: Event, configuration: int) -> bool:
     """Whether Asynchronous Event Configuration `configuration` lets `event` through; errors always (Base 5.27.1.8)."""
     if event.kind == EventType.NOTICE:
@@ -138,24 +143,3 @@ def is_enabled(event: Event, configuration: int) -> bool:
     if event.kind == EventType.SMART:
         return bool(configuration & _SMART_ENABLE[event])
     return True
-
-
-def notify(controller: Controller, event: Event) -> None:
-    """Send `event` to the guest, if it wants such events. From any thread."""
-    with controller.lock:
-        if is_enabled(event, controller.features.async_event_configuration):
-            controller.raise_event(EventType(event.kind), event.info, Log(event.log))
-
-
-def critical_warnings(controller: Controller, appeared: int) -> None:
-    """Send the events of critical warning bits `appeared` (Base figure 207)."""
-    for event, bits in _SMART_ENABLE.items():
-        if appeared & bits & controller.features.async_event_configuration:
-            notify(controller, event)
-
-
-def namespace_changed(controller: Controller, nsid: int) -> None:
-    """Namespace `nsid` is not what it was (size, format, attachment): list it, and send the notice."""
-    with controller.lock:
-        controller.logs.changed.add(nsid)
-    notify(controller, NAMESPACE_CHANGED)

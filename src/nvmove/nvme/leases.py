@@ -16,15 +16,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
-from nvmove.nvme.activity import Callback, call
+from nvmove.nvme.activity import Activity, Callback, call
+from nvmove.nvme.commands import command as commands
 from nvmove.nvme.commands import failures
 from nvmove.nvme.commands.batch import Failure
 from nvmove.nvme.commands.command import Command
-from nvmove.nvme.doorbells import CELL, cell_of
+from nvmove.nvme.doorbells import CELL, Doorbells, cell_of
 from nvmove.nvme.held import HeldCommand
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import (
@@ -42,10 +43,6 @@ from nvmove.nvme.seams import (
 )
 from nvmove.nvme.spec import Nvm, Status
 
-if TYPE_CHECKING:
-    from nvmove.nvme.controller import Controller
-
-
 _OPERATIONS = {
     Nvm.FLUSH: Operation.FLUSH,
     Nvm.WRITE: Operation.WRITE,
@@ -60,6 +57,24 @@ _NONE_COUNTED = ((0, 0),) * len(Operation)
 
 
 log = logging.getLogger(__name__)
+
+
+class Controller(commands.Controller, Protocol):
+    """What leases use of their controller."""
+
+    @property
+    def activity(self) -> Activity:
+        """What is in flight."""
+
+    @property
+    def doorbells(self) -> Doorbells:
+        """Where the doorbells are."""
+
+    def step(self, sqid: int, count: int) -> None:
+        """Run at most `count` commands of a submission queue."""
+
+    def notify(self, cq: CompletionQueue) -> None:
+        """Tell the host of completions. With the lock held."""
 
 
 class _Refused(Exception):

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nvmove.nvme import shutdown
-from nvmove.nvme.activity import Callback, call
+from nvmove.nvme.activity import Activity, Callback, call
 from nvmove.nvme.commands import admin, io
+from nvmove.nvme.commands import command as commands
 from nvmove.nvme.commands.command import Command
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.held import HeldCommand
-from nvmove.nvme.queue import SubmissionQueue
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import (
     CQE,
@@ -29,13 +31,28 @@ from nvmove.nvme.spec import (
     Status,
 )
 
-if TYPE_CHECKING:
-    from nvmove.nvme.controller import Controller
-
 log = logging.getLogger(__name__)
 
 BATCH = 16
 """Entries fetched at once: a read of 1 KiB costs what a read of 64 bytes costs."""
+
+
+class Controller(commands.Controller, Protocol):
+    """What who runs its queues uses of a controller."""
+
+    @property
+    def activity(self) -> Activity:
+        """What is in flight."""
+
+    @property
+    def doorbells(self) -> Doorbells:
+        """Where the doorbells are."""
+
+    def notify(self, cq: CompletionQueue) -> None:
+        """Tell the host of completions. With the lock held."""
+
+    def command_failed(self, command: Command, error: CommandError) -> None:
+        """A command was wrong: for the error log."""
 
 
 class Runner:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from nvmove.nvme.activity import call
 from nvmove.nvme.commands import features, identify, logs, management
+from nvmove.nvme.commands.command import Command, Controller
 from nvmove.nvme.commands.dptr import LOCATION
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
@@ -24,10 +24,6 @@ from nvmove.nvme.spec import (
     Status,
     field,
 )
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
 
 CDW10, CDW11 = 40, 44
 """Parameter error locations: bytes in the SQE."""

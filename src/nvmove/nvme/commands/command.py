@@ -3,20 +3,81 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+from nvmove.block.policy import DriveErrors, ErrorReport
+from nvmove.nvme import core
+from nvmove.nvme.activity import Callback
 from nvmove.nvme.commands import dptr
 from nvmove.nvme.errors import CommandError
+from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError, Transfer
 from nvmove.nvme.spec import SQE_SIZE, Status
-
-if TYPE_CHECKING:
-    from nvmove.nvme.controller import Controller
-    from nvmove.nvme.queue import SubmissionQueue
 
 _SQE = struct.Struct("<BBHIQQ16sIIIIII")
 """Common command format, Base 3.3.3.1: opcode, flags, CID, NSID, dwords 2-3, MPTR, DPTR, dwords 10 to 15."""
 assert _SQE.size == SQE_SIZE
+
+
+class ShadowDoorbells(Protocol):
+    """Doorbells in memory (`nvmove.nvme.doorbells.Doorbells`)."""
+
+    @property
+    def offered(self) -> bool:
+        """Whether the guest may have them."""
+
+    def clear(self, qid: int, is_cq: bool) -> None:
+        """A queue is about to be created: nothing was rung for it; raise CommandError."""
+
+    def configure(self, command: Command, dbs: int, eis: int) -> None:
+        """Look at these two buffers from now on; raise CommandError."""
+
+
+class Controller(core.Controller, Protocol):
+    """All that a command may use of its controller."""
+
+    @property
+    def doorbells(self) -> ShadowDoorbells:
+        """Those in memory."""
+
+    @property
+    def errors(self) -> Mapping[str, DriveErrors]:
+        """The drives' policies, by drive."""
+
+    @property
+    def on_error(self) -> Callable[[ErrorReport], None]:
+        """Whom a failure of a disk is told."""
+
+    def create_cq(self, cq: CompletionQueue) -> None:
+        """Add a completion queue that was checked."""
+
+    def create_sq(self, sq: SubmissionQueue) -> None:
+        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
+
+    def delete_cq(self, cq: CompletionQueue) -> None:
+        """Remove a completion queue that no submission queue uses."""
+
+    def delete_sq(self, sq: SubmissionQueue, done: Callback) -> list[Callback]:
+        """Remove a queue; `done` when nothing of it is in flight. Returns what to call without the lock."""
+
+    def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
+        """Post a completion; see `Command.complete`."""
+
+    def hold(self, command: Command, announce: Callback) -> None:
+        """Keep a command to be tried again."""
+
+    def park(self, command: Command) -> None:
+        """Let an Asynchronous Event Request wait."""
+
+    def abort_held(self, sq: SubmissionQueue, cid: int) -> bool:
+        """Let a held command complete as aborted; return whether there was one."""
+
+    def abort_event_request(self, cid: int) -> bool:
+        """Complete an outstanding Asynchronous Event Request as aborted; return whether there was one."""
+
+    def abort_failed(self, sq: SubmissionQueue) -> None:
+        """An Abort did not find its command, which may be at a disk."""
 
 
 class Command:
@@ -41,6 +102,11 @@ class Command:
 
     def __repr__(self) -> str:
         return f"command {self.opcode:#04x} (cid {self.cid}) of submission queue {self.sq.sqid}"
+
+    @property
+    def sqid(self) -> int:
+        """Its submission queue's id."""
+        return self.sq.sqid
 
     @property
     def is_admin(self) -> bool:

@@ -6,7 +6,7 @@ each gives at least a page of data, and SGLs have a maximum number of descriptor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.seams import Segment
@@ -22,9 +22,6 @@ from nvmove.nvme.spec import (
     field,
 )
 
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-
 MAX_SGL_DESCRIPTORS = 8192
 """Across all segments of one command; a longer list (or a loop of segments) is refused."""
 
@@ -39,7 +36,18 @@ class Reader(Protocol):
         """Return `length` bytes; raise DmaError."""
 
 
-def resolve(command: Command, length: int, page_size: int, memory: Reader) -> list[Segment]:
+class Described(Protocol):
+    """A command that says where its data is."""
+
+    flags: int
+    dptr: bytes
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it came through the admin queue, which has no SGLs."""
+
+
+def resolve(command: Described, length: int, page_size: int, memory: Reader) -> list[Segment]:
     """Return the segments of `command`'s data, `length` bytes in order; raise CommandError, DmaError."""
     psdt = field(command.flags, PSDT)
     if psdt == 0:

@@ -8,18 +8,15 @@ changed what it would read; its write is not held but reported.
 from __future__ import annotations
 
 import errno as errnos
-from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
 from nvmove.block.policy import NO_SPACE, Action, DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.nvme import events
+from nvmove.nvme.commands import notices
 from nvmove.nvme.commands.batch import Failure
+from nvmove.nvme.commands.command import Command, Controller
+from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.spec import STATUS_DNR, STATUS_MORE, Status
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
-    from nvmove.nvme.namespace import Namespace
 
 _MEDIA = {
     errnos.EIO, errnos.ENXIO, errnos.ENODEV, errnos.ENODATA, errnos.EILSEQ, errnos.EBADMSG, errnos.EREMOTEIO,
@@ -100,5 +97,5 @@ def _report(controller: Controller, command: Command, failure: Failure) -> None:
         if status in {Status.UNRECOVERED_READ_ERROR, Status.WRITE_FAULT}:
             controller.logs.smart.media_errors += 1
     if status == Status.INTERNAL_ERROR:
-        events.notify(controller, events.TRANSIENT_INTERNAL_ERROR)
+        notices.notify(controller, events.TRANSIENT_INTERNAL_ERROR)
     command.complete(status, dnr=dnr, more=True)

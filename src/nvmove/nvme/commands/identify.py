@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
+from nvmove.nvme.commands.command import Command, Controller
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid
@@ -52,10 +52,6 @@ from nvmove.nvme.spec import (
     DescriptorType,
     Status,
 )
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
 
 QEMU_VENDOR, QEMU_IEEE = 0x1B36, 0x525400
 INTEL_VENDOR, INTEL_IEEE = 0x8086, 0x00_02B3

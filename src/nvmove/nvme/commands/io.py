@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
 from nvmove.nvme.commands import failures
 from nvmove.nvme.commands.batch import Batch, Failure, Part
+from nvmove.nvme.commands.command import Command, Controller
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.seams import DmaError, Transfer
@@ -28,10 +28,6 @@ from nvmove.nvme.spec import (
     Nvm,
     Status,
 )
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
 
 log = logging.getLogger(__name__)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from nvmove.block.backend import Operation
-from nvmove.nvme import events
-from nvmove.nvme.commands import failures
+from nvmove.nvme.commands import failures, notices
 from nvmove.nvme.commands.batch import Batch, Failure, Part
+from nvmove.nvme.commands.command import Command, Controller
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid, selected
 from nvmove.nvme.spec import (
@@ -18,10 +17,6 @@ from nvmove.nvme.spec import (
     FORMAT_SES_USER_DATA_ERASE,
     Status,
 )
-
-if TYPE_CHECKING:
-    from nvmove.nvme.commands.command import Command
-    from nvmove.nvme.controller import Controller
 
 ERASE_CHUNK = 256 << 20
 """A format erases in requests of so many bytes: the most that a Write Zeroes of the guest could ask for."""
@@ -43,7 +38,7 @@ def namespace_attachment(controller: Controller, command: Command) -> None:
         if select == DETACH and not namespace.attached:
             raise CommandError(Status.NAMESPACE_NOT_ATTACHED)
         namespace.attached = select == ATTACH
-    events.namespace_changed(controller, namespace.nsid)
+    notices.namespace_changed(controller, namespace.nsid)
     command.complete()
 
 
@@ -79,7 +74,7 @@ def format_nvm(controller: Controller, command: Command) -> None:
                     namespace.format_index = index
                     changed.append(namespace.nsid)
         for nsid in changed:
-            events.namespace_changed(controller, nsid)
+            notices.namespace_changed(controller, nsid)
         if failure is None:
             command.complete()
         else:
@@ -115,5 +110,5 @@ def resized(controller: Controller, nsid: int) -> bool:
     namespace.backend.refresh_size()
     if namespace.blocks == before:
         return False
-    events.namespace_changed(controller, nsid)
+    notices.namespace_changed(controller, nsid)
     return True

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import msgspec
 
+from nvmove.nvme import core
+from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.held import HeldCommand
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
@@ -38,13 +41,37 @@ from nvmove.nvme.state.saved import (
     SubmissionQueueState,
 )
 
-if TYPE_CHECKING:
-    from nvmove.nvme.controller import Controller
-
 U16, U32, U64 = 1 << 16, 1 << 32, 1 << 64
 ADOPTED = {"firmware_version"}
 """What the loading controller takes from the state: QEMU's version, which Identify shows, may be another here.
 Beside it goes whether Doorbell Buffer Config is offered: older versions of nvmove did not."""
+
+
+class Controller(core.Controller, Protocol):
+    """What saving and loading use of a controller."""
+
+    config: ControllerConfig
+
+    @property
+    def doorbells(self) -> Doorbells:
+        """Where the doorbells are."""
+
+    @property
+    def resetting(self) -> int:
+        """Disables and resets that wait for what is in flight."""
+
+    @property
+    def irq_status(self) -> int:
+        """The vectors, as bits, that have completions the host has not consumed."""
+
+    def create_cq(self, cq: CompletionQueue) -> None:
+        """Add a completion queue that was checked."""
+
+    def create_sq(self, sq: SubmissionQueue) -> None:
+        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
+
+    def drive_pin(self) -> None:
+        """Set INTx to what the completion queues say. With the lock held."""
 
 
 def save(controller: Controller) -> ControllerState:
