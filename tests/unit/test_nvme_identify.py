@@ -10,7 +10,7 @@ from tests.nvme_guest import Disk, Guest, namespace
 
 from nvmove.nvme.commands import effects, identify
 from nvmove.nvme.commands.admin import HANDLERS as ADMIN_HANDLERS
-from nvmove.nvme.commands.io import HANDLERS as IO_HANDLERS
+from nvmove.nvme.commands.nvm import HANDLERS as IO_HANDLERS
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.spec import Cns, Feature, Status
