@@ -10,7 +10,7 @@ from tests.nvme_guest import Disk, Guest, namespace
 
 from nvmove.nvme.commands import effects, identify
 from nvmove.nvme.commands.admin import HANDLERS as ADMIN_HANDLERS
-from nvmove.nvme.commands.nvm import HANDLERS as IO_HANDLERS
+from nvmove.nvme.commands.io import COMMAND_SETS
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.spec import Cns, Feature, Status
@@ -246,5 +246,7 @@ def test_another_command_set_or_an_unknown_cns_is_an_invalid_field(guest: Guest)
 
 def test_the_effects_tables_promise_exactly_what_there_is() -> None:
     assert set(effects.ADMIN_EFFECTS) == set(ADMIN_HANDLERS)
-    assert set(effects.IO_EFFECTS) == set(IO_HANDLERS)
+    assert {csi: set(table) for csi, table in effects.IO_EFFECTS.items()} == {
+        csi: set(handlers) for csi, handlers in COMMAND_SETS.items()
+    }
     assert set(effects.FEATURE_EFFECTS) == set(Feature)

@@ -12,7 +12,7 @@ from nvmove.block.backend import Backend
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.counters import Counters
 from nvmove.nvme.errors import CommandError
-from nvmove.nvme.spec import ALL_NAMESPACES, LOCATION_CDW10, LOCATION_NSID, MAX_NAMESPACES, Status
+from nvmove.nvme.spec import ALL_NAMESPACES, CSI_NVM, LOCATION_CDW10, LOCATION_NSID, MAX_NAMESPACES, Status
 from nvmove.nvme.state import saved as state
 
 
@@ -51,6 +51,9 @@ class Namespace:
         self.counters = Counters()
         self.formatting = False
         """A Format NVM is under way; it ends before a save."""
+
+    csi = CSI_NVM
+    """Command Set Identifier."""
 
     @property
     def block_shift(self) -> int:

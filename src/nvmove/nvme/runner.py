@@ -13,9 +13,8 @@ from typing import Protocol
 
 from nvmove.nvme import shutdown
 from nvmove.nvme.activity import Activity, Callback, call
-from nvmove.nvme.commands import admin
+from nvmove.nvme.commands import admin, io
 from nvmove.nvme.commands import command as commands
-from nvmove.nvme.commands import nvm as io
 from nvmove.nvme.commands.command import Command
 from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.errors import CommandError
@@ -168,7 +167,7 @@ class Runner:
             if command.is_admin:
                 admin.execute(self._controller, command)
             else:
-                nvm.execute(self._controller, command)
+                io.execute(self._controller, command)
         except CommandError as error:
             self._controller.command_failed(command, error)
             command.complete(error.status, dnr=error.dnr, more=True)

@@ -19,8 +19,6 @@ from nvmove.nvme.spec import (
     Nvm,
 )
 
-COMMAND_SETS = (CSI_NVM,)
-
 _ADMIN = (
     Admin.DELETE_SQ,
     Admin.CREATE_SQ,
@@ -45,7 +43,7 @@ ADMIN_EFFECTS: dict[int, int] = {
 _READS = EFFECT_SUPPORTED
 _WRITES = _READS | EFFECT_CONTENT
 
-IO_EFFECTS: dict[int, int] = {
+_NVM: dict[int, int] = {
     Nvm.FLUSH: _WRITES,
     Nvm.WRITE: _WRITES,
     Nvm.READ: _READS,
@@ -58,6 +56,9 @@ IO_EFFECTS: dict[int, int] = {
 """Those of QEMU's nvme: Flush counts as one that changes content there. No scope of a command is reported, because
 Linux warns of "unusual effects" of an I/O command that says more than these two bits."""
 
+IO_EFFECTS: dict[int, dict[int, int]] = {CSI_NVM: _NVM}
+"""By Command Set Identifier and opcode."""
+
 FEATURE_EFFECTS: dict[int, int] = {
     feature: EFFECT_SUPPORTED
     | (FEATURE_SCOPE_NAMESPACE if feature == Feature.ERROR_RECOVERY else FEATURE_SCOPE_CONTROLLER)
@@ -69,10 +70,10 @@ def _dwords(table: dict[int, int]) -> bytes:
     return b"".join(table.get(index, 0).to_bytes(4, "little") for index in range(256))
 
 
-def commands_page(dbcs: bool) -> bytes:
+def commands_page(csi: int, dbcs: bool) -> bytes:
     """Return the Commands Supported and Effects log page: 256 admin commands, 256 I/O commands, 2 KiB reserved."""
     admin = ADMIN_EFFECTS | ({} if dbcs else {Admin.DOORBELL_BUFFER_CONFIG: 0})
-    return (_dwords(admin) + _dwords(IO_EFFECTS)).ljust(4096, b"\0")
+    return (_dwords(admin) + _dwords(IO_EFFECTS[csi])).ljust(4096, b"\0")
 
 
 def features_page() -> bytes:

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable
 
 from nvmove.nvme.commands.command import Command, Controller
+from nvmove.nvme.commands.effects import IO_EFFECTS
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace, check_nsid
@@ -194,7 +195,7 @@ def descriptors(namespace: Namespace) -> bytes:
         (DescriptorType.EUI64, config.eui64.to_bytes(8, "big")),
     )
     data = b"".join(bytes((kind, len(value), 0, 0)) + value for kind, value in identifiers if any(value))
-    return (data + bytes((DescriptorType.CSI, 1, 0, 0, CSI_NVM))).ljust(IDENTIFY_SIZE, b"\0")
+    return (data + bytes((DescriptorType.CSI, 1, 0, 0, namespace.csi))).ljust(IDENTIFY_SIZE, b"\0")
 
 
 def namespace_list(nsids: Iterable[int]) -> bytes:
@@ -292,7 +293,7 @@ def _command_sets(controller: Controller, command: Command) -> bytes:
     """CNS 1Ch: one combination, the NVM command set alone (Base 5.17.2.21). CNTID FFFFh is this controller too."""
     if command.cdw10 >> 16 not in {controller.config.cntlid, 0xFFFF}:
         raise CommandError(Status.INVALID_FIELD)
-    return struct.pack("<Q", 1 << CSI_NVM).ljust(IDENTIFY_SIZE, b"\0")
+    return struct.pack("<Q", sum(1 << csi for csi in IO_EFFECTS)).ljust(IDENTIFY_SIZE, b"\0")
 
 
 def _with_csi(answer: Callable[[Controller, Command], bytes]) -> Callable[[Controller, Command], bytes]:

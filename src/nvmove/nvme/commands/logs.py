@@ -54,9 +54,10 @@ def _changed_namespaces(controller: Controller, _command: Command) -> bytes:
 
 
 def _commands_supported(controller: Controller, command: Command) -> bytes:
-    if command.cdw14 >> 24 not in effects.COMMAND_SETS:
+    csi = command.cdw14 >> 24
+    if csi not in effects.IO_EFFECTS:
         raise CommandError(Status.INVALID_FIELD)
-    return effects.commands_page(controller.doorbells.offered)
+    return effects.commands_page(csi, controller.doorbells.offered)
 
 
 PAGES: dict[int, Callable[[Controller, Command], bytes]] = {

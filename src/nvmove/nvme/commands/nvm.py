@@ -1,4 +1,4 @@
-"""I/O commands of the NVM command set (NVM 3): what the guest asks becomes requests to the back end.
+"""The NVM command set (NVM 3): what the guest asks becomes requests to the back end.
 
 A handler checks everything before it starts anything, so an error the guest made never reaches the disk. It runs
 without the controller's lock and takes it only to count.
@@ -17,13 +17,11 @@ from nvmove.nvme.errors import CommandError
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.seams import DmaError, Transfer
 from nvmove.nvme.spec import (
-    ALL_NAMESPACES,
     COPY_RANGE,
     DEAC,
     DSM_DEALLOCATE,
     DSM_RANGE,
     FUA,
-    FUSE,
     PAGE,
     Nvm,
     Status,
@@ -35,27 +33,6 @@ VERIFY_CHUNK = 1 << 20
 """Verify reads into one buffer of so many bytes, whatever the length."""
 
 # --- running -------------------------------------------------------------------------------------------------------
-
-
-def execute(controller: Controller, command: Command) -> None:
-    """Run an I/O command; raises CommandError."""
-    handler = HANDLERS.get(command.opcode)
-    if command.opcode == Nvm.FLUSH and command.nsid == ALL_NAMESPACES:
-        _check_flags(command)
-        _flush(controller, controller.namespaces.active, command)
-        return
-    namespace = controller.namespaces.require_active(command.nsid)
-    if handler is None:
-        raise CommandError(Status.INVALID_OPCODE)
-    _check_flags(command)
-    if namespace.formatting:
-        raise CommandError(Status.FORMAT_IN_PROGRESS, dnr=False)
-    handler(controller, namespace, command)
-
-
-def _check_flags(command: Command) -> None:
-    if command.flags & FUSE:  # Identify's FUSES is 0
-        raise CommandError(Status.INVALID_FIELD)
 
 
 def _start(
@@ -175,10 +152,10 @@ def _write(controller: Controller, namespace: Namespace, command: Command) -> No
 
 
 def _flush_one(controller: Controller, namespace: Namespace, command: Command) -> None:
-    _flush(controller, [namespace], command)
+    flush(controller, [namespace], command)
 
 
-def _flush(controller: Controller, namespaces: list[Namespace], command: Command) -> None:
+def flush(controller: Controller, namespaces: list[Namespace], command: Command) -> None:
     """Base 7.1. A disk that cannot be written has nothing to flush."""
     parts = [Part(namespace.backend, Operation.FLUSH) for namespace in namespaces if not namespace.read_only]
     _start(controller, command, parts, command.complete)
