@@ -15,7 +15,7 @@ from tests.vfio_peer import PlainDevice, connected, served
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio import message
 from nvmove.vfio.client import ClientError, VfioUserClient
-from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo
+from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo, Reset
 from nvmove.vfio.message import Command, RegionAccess
 from nvmove.vfio.page import SharedPages
 
@@ -272,6 +272,42 @@ def test_reset_is_answered_when_the_device_is_done() -> None:
         device.resets[0]()
         resetting.join(5)
         assert not resetting.is_alive()
+
+
+class Resettable(PlainDevice):
+    """A write to offset 0 of BAR0 asks for a reset."""
+
+    def write(self, region: int, offset: int, data: bytes) -> Reset | None:
+        super().write(region, offset, data)
+        return None if offset else self.reset
+
+
+def test_a_batch_is_answered_when_the_last_reset_in_it_is_done() -> None:
+    device = Resettable()
+    device.holds_resets = True
+    with connected(device) as client:
+        writes = [RegionAccess(at, BAR0_REGION, 4, b"abcd") for at in (0, 8, 0, 16)]
+        writing = in_thread(lambda: client.write_multi(writes, posted=False))
+        while len(device.resets) < 2:
+            client.config(0, 2)
+        assert client.read(BAR0_REGION, 16, 4) == b"abcd"
+        for done in device.resets:
+            client.config(0, 2)
+            assert writing.is_alive()
+            done()
+        writing.join(5)
+        assert not writing.is_alive()
+        device.holds_resets = False
+        client.write_multi(writes, posted=False)
+        assert len(device.resets) == 4
+
+
+def test_a_batch_with_a_write_that_is_refused_changes_nothing() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        writes = [RegionAccess(0, BAR0_REGION, 4, b"abcd"), RegionAccess(1 << 40, BAR0_REGION, 4, b"abcd")]
+        refused(errno.EINVAL, lambda: client.write_multi(writes, posted=False))
+        assert client.read(BAR0_REGION, 0, 4) == bytes(4)
 
 
 def unanswered_read(
