@@ -227,7 +227,7 @@ ACTIONS = (
     load,
     disconnect,
 )
-DISKS = {
+DISKS: dict[str, Callable[[Path], contextlib.AbstractContextManager[SilentDisk]]] = {
     "raw": functools.partial(held_in_nvmove, direct=False),
     "direct": functools.partial(held_in_nvmove, direct=True),
     "kernel": functools.partial(held_in_the_kernel, direct=False),
