@@ -296,3 +296,12 @@ def look(stage: Stage, action: Callable[[Stage], None]) -> None:
 def test_nothing_is_written(action: Callable[[Stage], None], disk: str, engine: str) -> None:
     with staged(engine, disk) as stage:
         look(stage, action)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("disk", ["raw", "nbd"])
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
+def test_nothing_is_written_by_message(action: Callable[[Stage], None], disk: str, engine: str) -> None:
+    """Memory that is not shared."""
+    with staged(engine, disk, shared=False) as stage:
+        look(stage, action)

@@ -374,6 +374,40 @@ def test_replies_that_may_pile_up_stay_below_qemus_socket_buffer() -> None:
         assert not reading.is_alive()
 
 
+@pytest.mark.parametrize("shared", [0, PAGE], ids=["all of it by message", "beside mapped memory"])
+def test_an_unmap_is_answered_when_no_write_there_will_be_sent(shared: int) -> None:
+    """A client in an unmap answers no message before that is done; what it has there then is to stay as it is."""
+    device, failures = PlainDevice(), list[str]()
+    with connected(device) as client:
+        client.map_ram(shared, 400 * PAGE, shared=False)
+        if shared:
+            client.map_ram(0, shared)
+        transfer = device.memory.acquire([Segment(2 * n * PAGE, 8) for n in range(150)], to_guest=True)
+        client.answers_dma = False
+
+        def finish() -> None:
+            try:
+                transfer.finish()
+            except DmaError as error:
+                failures.append(str(error))
+
+        finishing = in_thread(finish)
+        while not client.unanswered:
+            client.config(0, 2)
+        client.map_ram(1 << 30, PAGE, shared=False)
+        client.unmap(1 << 30, PAGE)
+        assert finishing.is_alive()
+        client.unmap(100 * PAGE, 2 * PAGE)
+        sent = len(client.unanswered)
+        assert 0 < sent < 150
+        finishing.join(5)
+        assert failures == ["the client has unmapped the memory"]
+        client.config(0, 2)
+        assert len(client.unanswered) == sent
+        client.answer_dma()
+        device.memory.write(PAGE, b"x")
+
+
 def test_several_workers_have_dma_under_way_at_once() -> None:
     device = PlainDevice()
     with connected(device) as client:
