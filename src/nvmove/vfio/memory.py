@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import threading
 import time
@@ -27,32 +26,13 @@ from collections.abc import Callable, Iterator, Sequence
 from nvmove.nvme.seams import DmaError, LentRegion, Segment
 from nvmove.vfio.device import Client
 from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, span, split
+from nvmove.vfio.mapping import Region, map_shared, merged
 from nvmove.vfio.writing import Unmap, Writing, Writings
 
 log = logging.getLogger(__name__)
 
 Run = tuple[int, memoryview]
 """A guest address and what is there: a view into a mapping, or a copy."""
-
-
-class _Region:
-    """A run of guest memory with one way to it. `view` is None when that way is by message."""
-
-    __slots__ = ("end", "readable", "start", "unmap", "uses", "view", "writable")
-
-    def __init__(self, start: int, end: int, view: memoryview | None, readable: bool, writable: bool) -> None:
-        self.start = start
-        self.end = end
-        self.view = view
-        self.readable = readable
-        self.writable = writable
-        self.uses = 0
-        self.unmap: Unmap | None = None
-
-    def part(self, start: int, end: int) -> _Region:
-        """What remains of this region when a piece of it is unmapped: a new one on the same mmap."""
-        view = None if self.view is None else self.view[start - self.start : end - self.start]
-        return _Region(start, end, view, self.readable, self.writable)
 
 
 class MemoryTransfer:
@@ -63,7 +43,7 @@ class MemoryTransfer:
     def __init__(self, memory: GuestMemory) -> None:
         self.buffers: Sequence[memoryview] = ()
         self._memory = memory
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._bounces: list[Run] = []
         self._written: list[Run] = []
         self._writing: Writing | None = None
@@ -77,7 +57,7 @@ class MemoryTransfer:
 class MemoryLoan:
     """All mapped memory, lent to somebody who reads and writes it himself; `nvmove.nvme.seams.LentMemory`."""
 
-    def __init__(self, memory: GuestMemory, regions: list[_Region], revoke: Callable[[], None]) -> None:
+    def __init__(self, memory: GuestMemory, regions: list[Region], revoke: Callable[[], None]) -> None:
         dirty = memory.dirty
         self.regions: Sequence[LentRegion] = [
             LentRegion(
@@ -127,10 +107,10 @@ class GuestMemory:
         self.dirty = DirtyTracking()
         self._lock = threading.Lock()
         self._starts: list[int] = []
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._loans: list[MemoryLoan] = []
         self._writings = Writings()
-        self._last: _Region | None = None  # the region found last: nearly always the next one too
+        self._last: Region | None = None  # the region found last: nearly always the next one too
 
     # The client's side: called on the control thread.
 
@@ -140,12 +120,12 @@ class GuestMemory:
             with self._lock:
                 if self._overlapping(address, address + size):
                     raise OSError(errno.EEXIST, f"guest memory at {address:#x} is mapped already")
-            view = None if fd is None else _mmap(fd, size, offset, writable)
+            view = None if fd is None else map_shared(fd, size, offset, writable)
         finally:
             if fd is not None:
                 os.close(fd)
         with self._lock:
-            self._insert(_Region(address, address + size, view, readable, writable))
+            self._insert(Region(address, address + size, view, readable, writable))
 
     def unmap(self, address: int, size: int, done: Callable[[int], None]) -> None:
         """Take away what is mapped in the range, parts of regions included; `done(0)` when no transfer uses it.
@@ -189,7 +169,7 @@ class GuestMemory:
         with self._lock:
             return [(r.start, r.end - r.start, "by message" if r.view is None else "mapped") for r in self._regions]
 
-    def _overlapping(self, start: int, end: int) -> list[_Region]:
+    def _overlapping(self, start: int, end: int) -> list[Region]:
         first = bisect_right(self._starts, start) - 1
         if first < 0 or self._regions[first].end <= start:
             first += 1
@@ -198,12 +178,12 @@ class GuestMemory:
             last += 1
         return self._regions[first:last]
 
-    def _insert(self, region: _Region) -> None:
+    def _insert(self, region: Region) -> None:
         index = bisect_right(self._starts, region.start)
         self._starts.insert(index, region.start)
         self._regions.insert(index, region)
 
-    def _remove(self, region: _Region) -> None:
+    def _remove(self, region: Region) -> None:
         index = bisect_right(self._starts, region.start) - 1
         del self._starts[index]
         del self._regions[index]
@@ -252,7 +232,7 @@ class GuestMemory:
         transfer.buffers = buffers
         try:
             with self._lock:
-                for address, length in _merged(segments):
+                for address, length in merged(segments):
                     self._take(transfer, buffers, address, length, to_guest)
                 if transfer._bounces and to_guest:
                     transfer._writing = self._writings.add(transfer._bounces)
@@ -290,7 +270,7 @@ class GuestMemory:
         for loan in self._loans:
             loan.revoke()
 
-    def _find(self, address: int) -> _Region:
+    def _find(self, address: int) -> Region:
         region = self._last
         if region is not None and region.start <= address < region.end:
             return region
@@ -369,7 +349,7 @@ class GuestMemory:
         for unmap in finished:
             unmap.done(0)
 
-    def _to_mark(self, marks: Sequence[tuple[int, bytes]], regions: Sequence[_Region]) -> Writing:
+    def _to_mark(self, marks: Sequence[tuple[int, bytes]], regions: Sequence[Region]) -> Writing:
         """Return `marks` as what is to be written by message; `regions`, which they are of, are in use until then."""
         with self._lock:
             marking = self._writings.add(marks)
@@ -416,8 +396,8 @@ class GuestMemory:
         for address, buffer in written:
             self.dirty.record(address, len(buffer))
 
-    def _release(self, regions: list[_Region]) -> None:
-        gone: list[_Region] = []
+    def _release(self, regions: list[Region]) -> None:
+        gone: list[Region] = []
         finished: list[Unmap] = []
         with self._lock:
             for region in regions:
@@ -480,30 +460,3 @@ def _copy(run: Run, start: int, end: int) -> tuple[int, bytes]:
     address, buffer = run
     start, end = span(start, end)
     return start, bytes(buffer[start - address : end - address])
-
-
-def _merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Join segments that continue each other: PRP lists are often contiguous, and each buffer costs an iovec."""
-    runs: list[tuple[int, int]] = []
-    for address, length in segments:
-        if runs and sum(runs[-1]) == address:
-            runs[-1] = (runs[-1][0], runs[-1][1] + length)
-        else:
-            runs.append((address, length))
-    return runs
-
-
-def _mmap(fd: int, size: int, offset: int, writable: bool) -> memoryview:
-    """Map `size` bytes at `offset` of `fd`. Hugetlbfs maps whole huge pages only, so the mapping may be wider."""
-    status = os.fstat(fd)
-    page = status.st_blksize if status.st_blksize % mmap.ALLOCATIONGRANULARITY == 0 else mmap.ALLOCATIONGRANULARITY
-    if offset + size > status.st_size:
-        raise OSError(errno.EINVAL, f"a file of {status.st_size} bytes for memory at {offset:#x}+{size:#x}")
-    start = offset - offset % page
-    end = min(-(-(offset + size) // page) * page, status.st_size)
-    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-    try:
-        mapping = mmap.mmap(fd, end - start, mmap.MAP_SHARED, protection, offset=start)
-    except (ValueError, OverflowError) as error:
-        raise OSError(errno.EINVAL, str(error)) from error
-    return memoryview(mapping)[offset - start : offset - start + size]
