@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvmove.block.backend import Backend, Operation
+from nvmove.block.backend import Backend, Operation, Request
 from nvmove.block.config import OpenOptions
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
 from nvmove.block.nbd import open_nbd
@@ -41,21 +41,32 @@ def held_in_nvmove(work: Path, *, direct: bool) -> Iterator[SilentDisk]:
     """A file whose reads the fault layer begins late."""
     path = work / "disk.raw"
     path.write_bytes(SilentDisk.CONTENT * SilentDisk.SIZE)
-    seen: list[int] = []
-
-    class Rules(FaultRules):
-        def take(self, request, drive, block_size):  # type: ignore[no-untyped-def]
-            hit = super().take(request, drive, block_size)
-            if hit is not None:
-                seen.append(request.offset)
-            return hit
-
-    rules, added = Rules(), list[int]()
+    rules = _NotedRules()
     rule = FaultRule(operation=Operation.READ, delay=_HOURS)
     with contextlib.closing(FaultyBackend(_raw(path, direct), rules, ["d0"])) as backend:
-        yield SilentDisk(
-            backend, lambda: added.append(rules.add(rule)), lambda: _remove(rules, added), lambda: seen, is_lent=False
-        )
+        yield SilentDisk(backend, lambda: rules.begin(rule), rules.end, lambda: rules.seen, is_lent=False)
+
+
+class _NotedRules(FaultRules):
+    """One rule, which notes what it is used on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self._added: list[int] = []
+
+    def begin(self, rule: FaultRule) -> None:
+        self._added.append(self.add(rule))
+
+    def end(self) -> None:
+        while self._added:
+            self.remove(self._added.pop())
+
+    def take(self, request: Request, drive: frozenset[str], block_size: int) -> tuple[int, FaultRule] | None:
+        hit = super().take(request, drive, block_size)
+        if hit is not None:
+            self.seen.append(request.offset)
+        return hit
 
 
 @contextlib.contextmanager
@@ -92,8 +103,3 @@ def held_by_a_server(work: Path) -> Iterator[SilentDisk]:
 
 def _raw(path: Path, direct: bool) -> Backend:
     return open_raw(str(path), options=OpenOptions(direct=direct))
-
-
-def _remove(rules: FaultRules, added: list[int]) -> None:
-    while added:
-        rules.remove(added.pop())
