@@ -56,6 +56,8 @@ class Server:
     """Which client each command came from."""
     connected: set[int] = field(default_factory=set)
     """The clients that are there."""
+    sending: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whom looks at `held` and `muted`, and sends."""
 
     def names(self) -> list[str]:
         """The commands so far, without their ranges."""
@@ -65,6 +67,13 @@ class Server:
         """Wait until `count` commands have arrived."""
         with self.arrived:
             assert self.arrived.wait_for(lambda: len(self.commands) >= count, 20)
+
+    def unmute(self) -> None:
+        """Answer what was held, and what comes."""
+        with self.sending:
+            self.muted.clear()
+            for number, held in self.held.items():
+                self._flush(self.clients[number], held)
 
     def drop(self) -> None:
         """Cut all clients off."""
@@ -136,13 +145,17 @@ class Server:
             answer = struct.pack(">IIQ", 0x67446698, error, cookie)
             if not error:
                 answer += self._do(name, offset, length, payload)
-            held.append(self.distort(answer))
-            if not self.muted.is_set() and len(held) >= self.together:
-                for reply in reversed(held):  # out of order, as a server may
-                    size = self.piece or len(reply)
-                    for at in range(0, len(reply), size):
-                        client.sendall(reply[at : at + size])
-                held.clear()
+            with self.sending:
+                held.append(self.distort(answer))
+                if not self.muted.is_set() and len(held) >= self.together:
+                    self._flush(client, held)
+
+    def _flush(self, client: socket.socket, held: list[bytes]) -> None:
+        for reply in reversed(held):  # out of order, as a server may
+            size = self.piece or len(reply)
+            for at in range(0, len(reply), size):
+                client.sendall(reply[at : at + size])
+        held.clear()
 
     def _do(self, name: str, offset: int, length: int, payload: bytes) -> bytes:
         if name == "read":

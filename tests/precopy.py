@@ -10,6 +10,7 @@ from nvmove.nvme.seams import DmaError, LentMemory, Segment, Transfer
 from nvmove.vfio.dirty import PAGE
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
+from nvmove.vfio.writing import Writing
 from tests.nvme_host import Ram
 
 Soon = tuple[Sequence[tuple[int, Buffer]], Callable[[DmaError | None], None]]
@@ -39,7 +40,7 @@ class PreCopy:
     def dma_read(self, address: int, length: int) -> bytes:
         raise AssertionError("all memory is mapped")
 
-    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]], writing: Writing | None = None) -> None:
         for address, data in runs:
             if self.refuses:
                 raise DmaError("refused")
@@ -48,7 +49,15 @@ class PreCopy:
             self.ram[address : address + len(data)] = bytes(data)
             self.dirty.update(range(address // PAGE, (address + len(data) - 1) // PAGE + 1))
 
-    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+    def cancel(self, writing: Writing) -> None:
+        raise AssertionError("no memory is unmapped")
+
+    def dma_write_soon(
+        self,
+        runs: Sequence[tuple[int, Buffer]],
+        done: Callable[[DmaError | None], None],
+        writing: Writing | None = None,
+    ) -> None:
         self.waiting.append((runs, done))
         if not self.holds:
             self.answer()

@@ -11,7 +11,7 @@ from nvmove.nvme.config import ControllerConfig
 from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
 from nvmove.pci.interrupts import InterruptLines
 from nvmove.vfio.client import VfioUserClient
-from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, REGION_COUNT, Client, IrqAction, RegionInfo
+from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, REGION_COUNT, Client, IrqAction, RegionInfo, Reset
 from nvmove.vfio.dirty import DirtyLog, DirtyTracking
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
@@ -58,11 +58,12 @@ class PlainDevice:
             return self.config.read(offset, count, self.interrupts.level)
         return bytes(self.bar[offset : offset + count])
 
-    def write(self, region: int, offset: int, data: bytes) -> None:
+    def write(self, region: int, offset: int, data: bytes) -> Reset | None:
         if region == CONFIG_REGION:
             self.config.write(offset, data)
         else:
             self.bar[offset : offset + len(data)] = data
+        return None
 
     def map_dma(self, address: int, size: int, fd: int | None, offset: int, readable: bool, writable: bool) -> None:
         self.memory.map(address, size, fd, offset, readable, writable)

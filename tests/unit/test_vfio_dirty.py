@@ -12,6 +12,7 @@ from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio.dirty import PAGE, RUN, DirtyPages, runs, span, split
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
+from nvmove.vfio.writing import Writing
 
 Write = tuple[int, int]
 """Guest address and length of a DMA_WRITE."""
@@ -193,23 +194,29 @@ def test_tracking_anew_forgets_what_was_recorded() -> None:
     assert touched(writes(client)) == [2]
 
 
-def test_an_unmap_does_not_wait_for_a_marking() -> None:
+def test_an_unmap_ends_a_marking() -> None:
     """A client in an unmap answers our messages when that is done: waiting for them would be for ever."""
     memory, client = tracked()
     marking, unmap = threading.Event(), threading.Event()
 
-    def dma_write_all(runs: Iterable[tuple[int, Buffer]]) -> None:
+    def dma_write_all(runs: Iterable[tuple[int, Buffer]], writing: Writing | None = None) -> None:
         marking.set()
         assert unmap.wait(5)
+        raise DmaError("cancelled")
+
+    def cancel(writing: Writing) -> None:
+        assert writing.gone
+        unmap.set()
 
     client.dma_write_all = dma_write_all  # type: ignore[method-assign]
+    client.cancel = cancel  # type: ignore[method-assign]
     worker = threading.Thread(target=transfer, args=(memory, (0, PAGE)))
     worker.start()
     assert marking.wait(5)
-    assert unmapped(memory, 0, PAGE) == [0]
-    unmap.set()
+    answers = unmapped(memory, 0, PAGE)
     worker.join(5)
     assert not worker.is_alive()
+    assert answers == [0]
 
 
 def test_recording_from_several_threads_loses_nothing() -> None:

@@ -11,6 +11,7 @@ from tests.vfio_peer import PlainDevice, connected
 
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dma import DmaChannel
+from nvmove.vfio.writing import Writing
 
 PAGE = 4096
 
@@ -100,10 +101,12 @@ def test_a_refusal_fails_what_waits_and_costs_nothing_afterwards(count: int) -> 
         assert channel._unread == 0
 
 
-def soon(channel: DmaChannel, runs: list[tuple[int, bytes]]) -> queue.SimpleQueue[DmaError | None]:
+def soon(
+    channel: DmaChannel, runs: list[tuple[int, bytes]], writing: Writing | None = None
+) -> queue.SimpleQueue[DmaError | None]:
     """Write without waiting; what `done` is called with comes into the queue."""
     results: queue.SimpleQueue[DmaError | None] = queue.SimpleQueue()
-    channel.dma_write_soon(runs, results.put)
+    channel.dma_write_soon(runs, results.put, writing)
     return results
 
 
@@ -163,6 +166,28 @@ def test_a_refusal_ends_calls_that_do_not_wait_sent_or_not() -> None:
         channel.admit()
         client.answer_dma()
         assert soon(channel, [(0, b"z")]).get(timeout=20) is None
+
+
+def test_what_is_cancelled_fails_sent_or_not_and_nothing_else_does() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        client.map_ram(0, PAGE, shared=False)
+        channel = channel_of(device)
+        client.answers_dma = False
+        runs = [(0, b"x")] * 40
+        writings = [Writing(runs) for _ in range(4)]
+        results = [soon(channel, runs, writing) for writing in writings]  # all but the first wait for room
+        for writing in (writings[0], writings[2]):
+            writing.gone = True
+            channel.cancel(writing)
+        assert str(results[0].get(timeout=20)) == "the client has unmapped the memory"
+        client.answer_dma()
+        assert str(results[2].get(timeout=20)) == "the client has unmapped the memory"
+        assert [results[n].get(timeout=20) for n in (1, 3)] == [None, None]
+        failures = in_thread(channel.dma_write_all, runs, writings[0])
+        assert [str(failure) for failure in failures] == ["the client has unmapped the memory"]
+        assert channel._exchanges == {}
+        assert channel._unread == 0
 
 
 def test_nothing_to_write_soon_is_done_at_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -12,6 +13,7 @@ import pytest
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
+from nvmove.vfio.writing import Writing
 
 PAGE = 4096
 
@@ -30,14 +32,22 @@ class FakeClient:
             raise DmaError("refused")
         return bytes(self.ram.get(address + i, 0) for i in range(length))
 
-    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]], writing: Writing | None = None) -> None:
         for address, data in runs:
             self.calls.append(("write", address, len(data)))
             if address + len(data) > self.limit:
                 raise DmaError("refused")
             self.ram.update(enumerate(bytes(data), address))
 
-    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+    def cancel(self, writing: Writing) -> None:
+        raise AssertionError("nothing is under way")
+
+    def dma_write_soon(
+        self,
+        runs: Sequence[tuple[int, Buffer]],
+        done: Callable[[DmaError | None], None],
+        writing: Writing | None = None,
+    ) -> None:
         try:
             self.dma_write_all(runs)
         except DmaError as error:
@@ -266,10 +276,16 @@ def test_a_client_that_refuses_fails_the_transfer_and_frees_its_memory() -> None
     assert unmapped(memory, 0, PAGE) == [0]
 
 
-def test_unmap_does_not_wait_for_memory_by_message() -> None:
-    memory = GuestMemory()
-    memory.client = FakeClient()
+@pytest.mark.parametrize("commit", [True, False])
+def test_unmap_does_not_wait_for_memory_by_message_which_is_not_written_to_any_more(commit: bool) -> None:
+    memory, client = GuestMemory(), FakeClient()
+    memory.client = client
     memory.map(0, PAGE, None, 0, True, True)
     transfer = memory.acquire([Segment(0, 8)], to_guest=True)
     assert unmapped(memory, 0, PAGE) == [0]
-    transfer.finish()
+    memory.map(0, PAGE, None, 0, True, True)
+    with pytest.raises(DmaError, match="unmapped") if commit else contextlib.nullcontext():
+        transfer.finish(commit)
+    assert client.calls == []
+    memory.write(0, b"x")
+    assert client.calls == [("write", 0, 1)]

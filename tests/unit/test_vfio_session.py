@@ -16,7 +16,7 @@ from tests.vfio_peer import PlainDevice, connected, served
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio import message
 from nvmove.vfio.client import ClientError, VfioUserClient
-from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo
+from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo, Reset
 from nvmove.vfio.message import Command, RegionAccess
 from nvmove.vfio.page import SharedPages
 
@@ -275,6 +275,42 @@ def test_reset_is_answered_when_the_device_is_done() -> None:
         assert not resetting.is_alive()
 
 
+class Resettable(PlainDevice):
+    """A write to offset 0 of BAR0 asks for a reset."""
+
+    def write(self, region: int, offset: int, data: bytes) -> Reset | None:
+        super().write(region, offset, data)
+        return None if offset else self.reset
+
+
+def test_a_batch_is_answered_when_the_last_reset_in_it_is_done() -> None:
+    device = Resettable()
+    device.holds_resets = True
+    with connected(device) as client:
+        writes = [RegionAccess(at, BAR0_REGION, 4, b"abcd") for at in (0, 8, 0, 16)]
+        writing = in_thread(lambda: client.write_multi(writes, posted=False))
+        while len(device.resets) < 2:
+            client.config(0, 2)
+        assert client.read(BAR0_REGION, 16, 4) == b"abcd"
+        for done in device.resets:
+            client.config(0, 2)
+            assert writing.is_alive()
+            done()
+        writing.join(5)
+        assert not writing.is_alive()
+        device.holds_resets = False
+        client.write_multi(writes, posted=False)
+        assert len(device.resets) == 4
+
+
+def test_a_batch_with_a_write_that_is_refused_changes_nothing() -> None:
+    device = PlainDevice()
+    with connected(device) as client:
+        writes = [RegionAccess(0, BAR0_REGION, 4, b"abcd"), RegionAccess(1 << 40, BAR0_REGION, 4, b"abcd")]
+        refused(errno.EINVAL, lambda: client.write_multi(writes, posted=False))
+        assert client.read(BAR0_REGION, 0, 4) == bytes(4)
+
+
 def unanswered_read(
     device: PlainDevice, client: VfioUserClient, size: int = 8
 ) -> tuple[Callable[[], None], threading.Thread, list[str]]:
@@ -337,6 +373,40 @@ def test_replies_that_may_pile_up_stay_below_qemus_socket_buffer() -> None:
         client.answer_dma()
         reading.join(5)
         assert not reading.is_alive()
+
+
+@pytest.mark.parametrize("shared", [0, PAGE], ids=["all of it by message", "beside mapped memory"])
+def test_an_unmap_is_answered_when_no_write_there_will_be_sent(shared: int) -> None:
+    """A client in an unmap answers no message before that is done; what it has there then is to stay as it is."""
+    device, failures = PlainDevice(), list[str]()
+    with connected(device) as client:
+        client.map_ram(shared, 400 * PAGE, shared=False)
+        if shared:
+            client.map_ram(0, shared)
+        transfer = device.memory.acquire([Segment(2 * n * PAGE, 8) for n in range(150)], to_guest=True)
+        client.answers_dma = False
+
+        def finish() -> None:
+            try:
+                transfer.finish()
+            except DmaError as error:
+                failures.append(str(error))
+
+        finishing = in_thread(finish)
+        while not client.unanswered:
+            client.config(0, 2)
+        client.map_ram(1 << 30, PAGE, shared=False)
+        client.unmap(1 << 30, PAGE)
+        assert finishing.is_alive()
+        client.unmap(100 * PAGE, 2 * PAGE)
+        sent = len(client.unanswered)
+        assert 0 < sent < 150
+        finishing.join(5)
+        assert failures == ["the client has unmapped the memory"]
+        client.config(0, 2)
+        assert len(client.unanswered) == sent
+        client.answer_dma()
+        device.memory.write(PAGE, b"x")
 
 
 def test_several_workers_have_dma_under_way_at_once() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.message import Buffer
+from nvmove.vfio.writing import Writing
 
 if TYPE_CHECKING:
     from nvmove.vfio.migration import Migration
@@ -78,15 +79,26 @@ class Client(Protocol):
     def dma_read(self, address: int, length: int) -> bytes:
         """Read guest memory through the client (VFIO_USER_DMA_READ), in pieces as it allows."""
 
-    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
-        """Write runs of (address, data), in order; on return the client has answered for all of them."""
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]], writing: Writing | None = None) -> None:
+        """Write runs of (address, data), in order; on return the client has answered for all of them.
 
-    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+        Raises DmaError, too, when `writing`, which says whose runs they are, is gone: nothing of it is sent after that.
+        """
+
+    def dma_write_soon(
+        self,
+        runs: Sequence[tuple[int, Buffer]],
+        done: Callable[[DmaError | None], None],
+        writing: Writing | None = None,
+    ) -> None:
         """Do the same and return at once; few runs, and short ones.
 
         `done` is called when the client has written all of them, has refused one, or is gone: on any thread, with locks
         held and perhaps before the return. It must not wait nor call the client.
         """
+
+    def cancel(self, writing: Writing) -> None:
+        """Fail what is under way of `writing`, which is gone. Does not wait."""
 
 
 Reset = Callable[[Callable[[], None]], None]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio import message
 from nvmove.vfio.message import Buffer, Command, Header
+from nvmove.vfio.writing import Writing
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +28,26 @@ _REPLY_OVERHEAD = 1 << 10
 _MAX_SEND = 32 << 10
 """Messages are put together until they hold so much data, in bytes, and sent with one system call. No more: Linux cuts
 what is sent to a Unix socket into pieces of some 48 KiB, and QEMU ends the connection when it meets half a header."""
+_CANCELLED = "the client has unmapped the memory"
 
 
 class _Batch:
     """What one caller has under way; `done` is called when all is answered. All of it wants the channel's lock."""
 
-    __slots__ = ("_done", "_left", "failure")
+    __slots__ = ("_done", "_left", "failure", "writing")
 
-    def __init__(self, done: Callable[[], None]) -> None:
+    def __init__(self, done: Callable[[], None], writing: Writing | None = None) -> None:
         self.failure: str | None = None
+        self.writing = writing
         self._left = 1  # the caller himself, until he has sent all
         self._done = done
 
     def add(self) -> None:
         self._left += 1
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self.writing is not None and self.writing.gone
 
     def leave(self, failure: str | None = None) -> None:
         self.failure = self.failure or failure
@@ -98,10 +105,11 @@ class DmaChannel:
         pieces = ((address + at, count, b"") for at, count in _pieces(length, size))
         return b"".join(exchange.data for exchange in self._exchange_all(Command.DMA_READ, pieces))
 
-    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]]) -> None:
+    def dma_write_all(self, runs: Iterable[tuple[int, Buffer]], writing: Writing | None = None) -> None:
         """Store runs of (address, data) into guest memory, in order, several messages under way at once.
 
-        On return the client has answered all of them. Raises DmaError when it refused one, or is gone.
+        On return the client has answered all of them. Raises DmaError when it refused one, is gone, or all of it was
+        cancelled; no message of it is sent after that.
         """
         views = ((address, memoryview(data).cast("B")) for address, data in runs)
         self._exchange_all(
@@ -111,9 +119,15 @@ class DmaChannel:
                 for address, view in views
                 for at, count in _pieces(len(view), self._max_size)
             ),
+            writing,
         )
 
-    def dma_write_soon(self, runs: Sequence[tuple[int, Buffer]], done: Callable[[DmaError | None], None]) -> None:
+    def dma_write_soon(
+        self,
+        runs: Sequence[tuple[int, Buffer]],
+        done: Callable[[DmaError | None], None],
+        writing: Writing | None = None,
+    ) -> None:
         """Store runs of (address, data) into guest memory in order; see `nvmove.vfio.device.Client`.
 
         All but the last are sent with the flag that no reply is wanted. QEMU does messages in their order, and leaves
@@ -129,7 +143,7 @@ class DmaChannel:
         def ended() -> None:
             done(None if batch.failure is None else DmaError(batch.failure))
 
-        batch = _Batch(ended)
+        batch = _Batch(ended, writing)
         write = _Write(pieces, batch)
         with self._lock:
             self._waiting.append(write)
@@ -144,6 +158,9 @@ class DmaChannel:
                 if self._refusal is not None:
                     self._fail_waiting(self._refusal)
                     return
+                if self._waiting[0].batch.is_cancelled:
+                    self._waiting.popleft().batch.leave(_CANCELLED)
+                    continue
                 cost = _REPLY_OVERHEAD * len(self._waiting[0].pieces)
                 if self._unread and self._unread + cost > _MAX_UNREAD:
                     return
@@ -151,7 +168,6 @@ class DmaChannel:
                 ids = [self._enter(_Exchange(write.batch, Command.DMA_WRITE, count)) for _, count, _ in write.pieces]
                 if ids:
                     self._exchanges[ids[-1]].silent = ids[:-1]
-                write.batch.leave()
             unsent, size = list[Buffer](), 0
             for message_id, (address, count, data) in zip(ids, write.pieces, strict=True):
                 flags = 0 if message_id == ids[-1] else message.FLAG_NO_REPLY
@@ -160,6 +176,8 @@ class DmaChannel:
                 if size >= _MAX_SEND:
                     size = self._flush(unsent)
             self._flush(unsent)
+            with self._lock:
+                write.batch.leave()  # now: what is done sends nothing more
 
     def _fail_waiting(self, reason: str) -> None:
         while self._waiting:
@@ -200,16 +218,27 @@ class DmaChannel:
             for exchange in self._exchanges.values():
                 exchange.settle(reason)  # it stays in the table: its id is taken until the client answers
 
+    def cancel(self, writing: Writing) -> None:
+        """Fail what is under way of `writing`, which is gone; when its caller hears of that, nothing more is sent."""
+        with self._lock:
+            for exchange in self._exchanges.values():
+                if exchange.batch.writing is writing:
+                    exchange.settle(_CANCELLED)
+            self._lock.notify_all()
+        self._send_waiting()
+
     def admit(self) -> None:
         """Work again after `refuse`."""
         with self._lock:
             self._refusal = None
 
-    def _exchange_all(self, code: Command, pieces: Iterable[tuple[int, int, Buffer]]) -> list[_Exchange]:
+    def _exchange_all(
+        self, code: Command, pieces: Iterable[tuple[int, int, Buffer]], writing: Writing | None = None
+    ) -> list[_Exchange]:
         """Send a message for each (address, count, data) and wait for all answers; raise DmaError."""
         assert threading.get_ident() != self._control_thread, "the control thread would wait for itself"
         answered = threading.Event()
-        batch, exchanges, unsent, size = _Batch(answered.set), list[_Exchange](), list[Buffer](), 0
+        batch, exchanges, unsent, size = _Batch(answered.set, writing), list[_Exchange](), list[Buffer](), 0
         try:
             for address, count, data in pieces:
                 exchange = _Exchange(batch, code, count)
@@ -242,13 +271,13 @@ class DmaChannel:
     def _admitted(self, exchange: _Exchange, wait: bool) -> int | None:
         """Enter an exchange; return its id, or None when it has to wait and shall not. Raises DmaError."""
         with self._lock:
-            while self._refusal is None and self._unread and self._unread + exchange.cost > _MAX_UNREAD:
+            while not (refusal := self._refusal or _CANCELLED * exchange.batch.is_cancelled):
+                if not self._unread or self._unread + exchange.cost <= _MAX_UNREAD:
+                    return self._enter(exchange)
                 if not wait:
                     return None
                 self._lock.wait()
-            if self._refusal is not None:
-                raise DmaError(self._refusal)
-            return self._enter(exchange)
+            raise DmaError(refusal)
 
     def _enter(self, exchange: _Exchange) -> int:
         """Put an exchange into the table; return its id. Wants the lock."""

@@ -6,9 +6,9 @@ takes the region away from new transfers at once and reports itself done when th
 
 What a transfer writes through a mapping is marked dirty at its end, while somebody wants to know (vfio/dirty.py).
 
-Regions without a descriptor are not waited for. The client's main loop, which would serve their messages, is what
-waits for the unmap; it checks every address itself, so a late message finds no memory, not foreign memory. For the same
-reason a transfer gives its mapped regions back before it waits for answers to what it writes by message.
+Regions without a descriptor are not waited for: the client's main loop, which would serve their messages, is what waits
+for the unmap. What is to be written there by message fails (vfio/writing.py). For the same reason a transfer gives its
+mapped regions back before it waits for answers to what it writes by message.
 
 A client that shrinks a file it has shared kills this process (SIGBUS), as with any mmap: it is trusted that far.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import threading
 import time
@@ -27,6 +26,8 @@ from collections.abc import Callable, Iterator, Sequence
 from nvmove.nvme.seams import DmaError, LentRegion, Segment
 from nvmove.vfio.device import Client
 from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, span, split
+from nvmove.vfio.mapping import Region, map_shared, merged
+from nvmove.vfio.writing import Unmap, Writing, Writings
 
 log = logging.getLogger(__name__)
 
@@ -34,47 +35,19 @@ Run = tuple[int, memoryview]
 """A guest address and what is there: a view into a mapping, or a copy."""
 
 
-class _Unmap:
-    """An unmap under way: `done(0)` when `left` regions in use have become idle."""
-
-    __slots__ = ("done", "left")
-
-    def __init__(self, done: Callable[[int], None], left: int) -> None:
-        self.done = done
-        self.left = left
-
-
-class _Region:
-    """A run of guest memory with one way to it. `view` is None when that way is by message."""
-
-    __slots__ = ("end", "readable", "start", "unmap", "uses", "view", "writable")
-
-    def __init__(self, start: int, end: int, view: memoryview | None, readable: bool, writable: bool) -> None:
-        self.start = start
-        self.end = end
-        self.view = view
-        self.readable = readable
-        self.writable = writable
-        self.uses = 0
-        self.unmap: _Unmap | None = None
-
-    def part(self, start: int, end: int) -> _Region:
-        """What remains of this region when a piece of it is unmapped: a new one on the same mmap."""
-        view = None if self.view is None else self.view[start - self.start : end - self.start]
-        return _Region(start, end, view, self.readable, self.writable)
-
-
 class MemoryTransfer:
     """A `Transfer`: views into the mmaps, bounce buffers where there are none."""
 
-    __slots__ = ("_bounces", "_memory", "_regions", "_written", "buffers")
+    __slots__ = ("_bounces", "_memory", "_regions", "_writing", "_written", "buffers")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.buffers: Sequence[memoryview] = ()
         self._memory = memory
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._bounces: list[Run] = []
         self._written: list[Run] = []
+        self._writing: Writing | None = None
+        """The bounces that go to the guest."""
 
     def finish(self, commit: bool = True) -> None:
         """Give the memory back; see `Transfer.finish`."""
@@ -84,7 +57,7 @@ class MemoryTransfer:
 class MemoryLoan:
     """All mapped memory, lent to somebody who reads and writes it himself; `nvmove.nvme.seams.LentMemory`."""
 
-    def __init__(self, memory: GuestMemory, regions: list[_Region], revoke: Callable[[], None]) -> None:
+    def __init__(self, memory: GuestMemory, regions: list[Region], revoke: Callable[[], None]) -> None:
         dirty = memory.dirty
         self.regions: Sequence[LentRegion] = [
             LentRegion(
@@ -105,7 +78,7 @@ class MemoryLoan:
     def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
         """Write again by message what was written; see `LentMemory.mark`."""
         marks = [copy for address, length in runs for copy in self._copies(address, address + length)]
-        self._memory._mark_soon(marks, runs, done)
+        self._memory._mark_soon(self._memory._to_mark(marks, self.held), marks, runs, done)
 
     def _copies(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """Copy what must be written again: of the memory that was lent, wherever the map may be by now."""
@@ -134,9 +107,10 @@ class GuestMemory:
         self.dirty = DirtyTracking()
         self._lock = threading.Lock()
         self._starts: list[int] = []
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._loans: list[MemoryLoan] = []
-        self._last: _Region | None = None  # the region found last: nearly always the next one too
+        self._writings = Writings()
+        self._last: Region | None = None  # the region found last: nearly always the next one too
 
     # The client's side: called on the control thread.
 
@@ -146,12 +120,12 @@ class GuestMemory:
             with self._lock:
                 if self._overlapping(address, address + size):
                     raise OSError(errno.EEXIST, f"guest memory at {address:#x} is mapped already")
-            view = None if fd is None else _mmap(fd, size, offset, writable)
+            view = None if fd is None else map_shared(fd, size, offset, writable)
         finally:
             if fd is not None:
                 os.close(fd)
         with self._lock:
-            self._insert(_Region(address, address + size, view, readable, writable))
+            self._insert(Region(address, address + size, view, readable, writable))
 
     def unmap(self, address: int, size: int, done: Callable[[int], None]) -> None:
         """Take away what is mapped in the range, parts of regions included; `done(0)` when no transfer uses it.
@@ -164,7 +138,10 @@ class GuestMemory:
             regions = self._overlapping(address, end)
             idle = [region for region in regions if not region.uses]
             busy = sum(region.uses > 0 for region in regions)
-            unmap = _Unmap(done, busy)
+            under_way = self._writings.unmap(address, end)
+            unmap = Unmap(done, busy + len(under_way))
+            for writing in under_way:
+                writing.unmaps.append(unmap)
             for region in regions:
                 self._remove(region)
                 region.unmap = unmap if region.uses else None
@@ -176,8 +153,12 @@ class GuestMemory:
                 self._revoke_loans()
         for region in idle:
             self.dirty.gone(region)
-        if not busy:
+        if not (busy or under_way):
             done(0)
+        client = self.client
+        if client is not None:  # else they fail without this
+            for writing in under_way:
+                client.cancel(writing)
 
     def unmap_all(self, done: Callable[[int], None]) -> None:
         """Take everything away; never an error."""
@@ -188,7 +169,7 @@ class GuestMemory:
         with self._lock:
             return [(r.start, r.end - r.start, "by message" if r.view is None else "mapped") for r in self._regions]
 
-    def _overlapping(self, start: int, end: int) -> list[_Region]:
+    def _overlapping(self, start: int, end: int) -> list[Region]:
         first = bisect_right(self._starts, start) - 1
         if first < 0 or self._regions[first].end <= start:
             first += 1
@@ -197,12 +178,12 @@ class GuestMemory:
             last += 1
         return self._regions[first:last]
 
-    def _insert(self, region: _Region) -> None:
+    def _insert(self, region: Region) -> None:
         index = bisect_right(self._starts, region.start)
         self._starts.insert(index, region.start)
         self._regions.insert(index, region)
 
-    def _remove(self, region: _Region) -> None:
+    def _remove(self, region: Region) -> None:
         index = bisect_right(self._starts, region.start) - 1
         del self._starts[index]
         del self._regions[index]
@@ -251,8 +232,10 @@ class GuestMemory:
         transfer.buffers = buffers
         try:
             with self._lock:
-                for address, length in _merged(segments):
+                for address, length in merged(segments):
                     self._take(transfer, buffers, address, length, to_guest)
+                if transfer._bounces and to_guest:
+                    transfer._writing = self._writings.add(transfer._bounces)
             if transfer._bounces and not to_guest:
                 client = self._require_client()
                 for address, buffer in transfer._bounces:
@@ -287,7 +270,7 @@ class GuestMemory:
         for loan in self._loans:
             loan.revoke()
 
-    def _find(self, address: int) -> _Region:
+    def _find(self, address: int) -> Region:
         region = self._last
         if region is not None and region.start <= address < region.end:
             return region
@@ -323,42 +306,76 @@ class GuestMemory:
         regions, bounces, written = transfer._regions, transfer._bounces, transfer._written
         transfer._regions, transfer._bounces, transfer._written, transfer.buffers = [], [], [], ()
         marks: list[tuple[int, bytes]] = []
+        marking: Writing | None = None
         if self.dirty.active:
             for address, buffer in written:
                 self.dirty.wrote(address, len(buffer))
             if mark and commit and self.dirty.marking:
                 marks = [_copy(run, start, end) for run in written for start, end in split(run[0], len(run[1]))]
+                marking = self._to_mark(marks, regions)
             else:
                 self._record(written)
         # Before any message is waited for: a client that is in an unmap of these regions answers when it is done.
         self._release(regions)
         try:
-            if bounces and commit:
-                self._require_client().dma_write_all(bounces)
+            if transfer._writing is not None and commit:
+                self._write(transfer._writing, bounces)
                 for address, buffer in bounces:
                     self.dirty.wrote(address, len(buffer))
-            if marks:
-                self._mark(marks)
+            elif transfer._writing is not None:
+                self._end(transfer._writing)
         except DmaError:
-            if marks:
+            if marking is not None:
+                self._end(marking)
                 self._record(written)
             raise
+        if marking is not None:
+            self._mark(marking, marks)
 
-    def _mark(self, marks: list[tuple[int, bytes]]) -> None:
+    def _write(self, writing: Writing, runs: Sequence[Run] | Sequence[tuple[int, bytes]]) -> None:
+        """Write by message and wait for it; raises DmaError, where the memory was unmapped too."""
+        with self._lock:
+            may_begin = self._writings.begin(writing)
+        try:
+            if not may_begin:
+                raise DmaError("guest memory was unmapped before it was written to")
+            self._require_client().dma_write_all(runs, writing)
+        finally:
+            self._end(writing)
+
+    def _end(self, writing: Writing) -> None:
+        with self._lock:
+            finished = self._writings.end(writing)
+        for unmap in finished:
+            unmap.done(0)
+
+    def _to_mark(self, marks: Sequence[tuple[int, bytes]], regions: Sequence[Region]) -> Writing:
+        """Return `marks` as what is to be written by message; `regions`, which they are of, are in use until then."""
+        with self._lock:
+            marking = self._writings.add(marks)
+            marking.gone = any(region.unmap is not None for region in regions)
+            return marking
+
+    def _mark(self, marking: Writing, marks: list[tuple[int, bytes]]) -> None:
         """Write again what a transfer wrote; what could not be is left for the switch-over."""
         try:
-            self._require_client().dma_write_all(marks)
+            self._write(marking, marks)
         except DmaError as error:
             log.debug("pages were not marked dirty: %s", error)
             for address, data in marks:
                 self.dirty.record(address, len(data))
 
     def _mark_soon(
-        self, marks: list[tuple[int, bytes]], runs: Sequence[tuple[int, int]], done: Callable[[], None]
+        self,
+        marking: Writing,
+        marks: list[tuple[int, bytes]],
+        runs: Sequence[tuple[int, int]],
+        done: Callable[[], None],
     ) -> None:
         """As `_mark`, without waiting; `done` when the answers are there, or what `runs` names is recorded instead."""
 
         def answered(error: DmaError | None) -> None:
+            self._end(marking)
             if error is not None:
                 log.debug("pages were not marked dirty: %s", error)
                 for address, length in runs:
@@ -366,26 +383,29 @@ class GuestMemory:
             done()
 
         client = self.client
+        with self._lock:
+            may_begin = self._writings.begin(marking)
         if client is None:
             answered(DmaError("no client is connected"))
+        elif not may_begin:
+            answered(DmaError("guest memory was unmapped before it was marked"))
         else:
-            client.dma_write_soon(marks, answered)
+            client.dma_write_soon(marks, answered, marking)
 
     def _record(self, written: Sequence[Run]) -> None:
         for address, buffer in written:
             self.dirty.record(address, len(buffer))
 
-    def _release(self, regions: list[_Region]) -> None:
-        gone: list[_Region] = []
-        finished: list[_Unmap] = []
+    def _release(self, regions: list[Region]) -> None:
+        gone: list[Region] = []
+        finished: list[Unmap] = []
         with self._lock:
             for region in regions:
                 region.uses -= 1
                 unmap = region.unmap
                 if unmap is not None and not region.uses:
                     gone.append(region)
-                    unmap.left -= 1
-                    if not unmap.left:
+                    if unmap.one_less():
                         finished.append(unmap)
         for region in gone:
             self.dirty.gone(region)
@@ -440,30 +460,3 @@ def _copy(run: Run, start: int, end: int) -> tuple[int, bytes]:
     address, buffer = run
     start, end = span(start, end)
     return start, bytes(buffer[start - address : end - address])
-
-
-def _merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Join segments that continue each other: PRP lists are often contiguous, and each buffer costs an iovec."""
-    runs: list[tuple[int, int]] = []
-    for address, length in segments:
-        if runs and sum(runs[-1]) == address:
-            runs[-1] = (runs[-1][0], runs[-1][1] + length)
-        else:
-            runs.append((address, length))
-    return runs
-
-
-def _mmap(fd: int, size: int, offset: int, writable: bool) -> memoryview:
-    """Map `size` bytes at `offset` of `fd`. Hugetlbfs maps whole huge pages only, so the mapping may be wider."""
-    status = os.fstat(fd)
-    page = status.st_blksize if status.st_blksize % mmap.ALLOCATIONGRANULARITY == 0 else mmap.ALLOCATIONGRANULARITY
-    if offset + size > status.st_size:
-        raise OSError(errno.EINVAL, f"a file of {status.st_size} bytes for memory at {offset:#x}+{size:#x}")
-    start = offset - offset % page
-    end = min(-(-(offset + size) // page) * page, status.st_size)
-    protection = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-    try:
-        mapping = mmap.mmap(fd, end - start, mmap.MAP_SHARED, protection, offset=start)
-    except (ValueError, OverflowError) as error:
-        raise OSError(errno.EINVAL, str(error)) from error
-    return memoryview(mapping)[offset - start : offset - start + size]

@@ -2,14 +2,16 @@
 
     new ──VERSION──▶ negotiated        (`_BEFORE_VERSION`: all that is allowed in `new`)
 
-A refused command is answered with its errno and changes nothing; a posted one is logged instead. UNMAP, RESET and a
-change of the migration state are answered when the device says that it is done, from whatever thread it says so.
+A refused command is answered with its errno and changes nothing; a posted one is logged instead. UNMAP, RESET, writes
+that ask for a reset, alone or in a batch, and a change of the migration state are answered when the device says that it
+is done, from whatever thread it says so.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -209,25 +211,29 @@ class Session:
 
     def _region_write(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
         access = message.parse_region_write(payload)
-        reset = self._write(access)
+        self._check_write(access)
+        reset = self._device.write(access.region, access.offset, access.data)
         answer = message.region_access_payload(RegionAccess(access.offset, access.region, access.count))
         if reset is None:
             return answer
-        self._begin(reset, self._later(header, answer))
+        answered = self._later(header, answer)
+        self._begin(reset, lambda: answered(0))
         return None
 
-    def _region_write_multi(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        count = 0
-        for access in message.parse_write_multi(payload):
-            if reset := self._write(access):
-                self._begin(reset, lambda _code: None)  # what comes in batches is posted: nobody waits for it
-            count += 1
-        return count.to_bytes(8, "little")  # the batch, without its writes
+    def _region_write_multi(self, header: Header, payload: memoryview, fds: list[int]) -> None:
+        writes = list(message.parse_write_multi(payload))
+        for access in writes:
+            self._check_write(access)
+        answer = self._later(header, len(writes).to_bytes(8, "little"))  # the batch, without its writes
+        ends = _Ends(lambda: answer(0))
+        for access in writes:
+            if reset := self._device.write(access.region, access.offset, access.data):
+                self._begin(reset, ends.one_more())
+        ends.no_more()
 
-    def _write(self, access: RegionAccess) -> Reset | None:
+    def _check_write(self, access: RegionAccess) -> None:
         if not self._in_range(access) or not self._device.regions[access.region].writable:
             raise RequestError(errno.EINVAL, f"write of {access.count} at {access.offset:#x}, region {access.region}")
-        return self._device.write(access.region, access.offset, access.data)
 
     def _in_range(self, access: RegionAccess) -> bool:
         return (
@@ -248,9 +254,10 @@ class Session:
         return features.migration_write(self._device.migration, payload)
 
     def _reset(self, header: Header, payload: memoryview, fds: list[int]) -> None:
-        self._begin(self._device.reset, self._later(header))
+        answered = self._later(header)
+        self._begin(self._device.reset, lambda: answered(0))
 
-    def _begin(self, reset: Reset, answer: Callable[[int], None]) -> None:
+    def _begin(self, reset: Reset, ended: Callable[[], None]) -> None:
         """Begin a reset; the message that asked for it is answered at its end.
 
         The guest stands still for as long: QEMU waits for the answer, in its main loop or with its lock. That loop
@@ -261,10 +268,36 @@ class Session:
 
         def done() -> None:
             channel.admit()
-            answer(0)
+            ended()
 
         channel.refuse("the device is being reset")
         reset(done)
+
+
+class _Ends:
+    """Calls `done` when all have ended that there are, from any thread."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._done = done
+        self._lock = threading.Lock()
+        self._left = 1  # `no_more`
+
+    def one_more(self) -> Callable[[], None]:
+        """There is one more; return what is to be called at its end."""
+        with self._lock:
+            self._left += 1
+        return self._end
+
+    def no_more(self) -> None:
+        """There are all."""
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._done()
 
 
 def _irq_action(request: message.IrqSet, fds: list[int]) -> IrqAction:
