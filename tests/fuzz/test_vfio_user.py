@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.vfio_peer import MovedState, PlainDevice, served
 
 from nvmove.vfio import message
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.message import Command
 from nvmove.vfio.migration import Migration
+from tests.vfio_peer import MovedState, PlainDevice, served
 
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
 EDGES = st.sampled_from([0, 1, 3, 4, 5, 7, 8, 15, 16, 24, 4095, 4096, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])

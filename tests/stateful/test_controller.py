@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.nvme_host import CC, CONFIG, Completion, Disk, Host, Lines, Ring
 
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
+from tests.nvme_host import CC, CONFIG, Completion, Disk, Host, Lines, Ring
 
 QUEUES = st.integers(1, 4)
 CQS = st.integers(1, 3)

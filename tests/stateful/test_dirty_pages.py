@@ -7,11 +7,11 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from tests.precopy import PreCopy
 
 from nvmove.nvme.seams import Segment
 from nvmove.vfio.dirty import PAGE
 from nvmove.vfio.memory import GuestMemory, MemoryTransfer
+from tests.precopy import PreCopy
 
 PAGES = 12
 ADDRESS = st.integers(0, PAGES * PAGE - 1)

@@ -17,13 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.nvme_host import Host
-from tests.precopy import CopiedRam
-from tests.rings import InlineRings, LentDisk, LentLines
-
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.spec import Admin, Nvm
 from nvmove.vfio.dirty import PAGE, DirtyLog
+from tests.nvme_host import Host
+from tests.precopy import CopiedRam
+from tests.rings import InlineRings, LentDisk, LentLines
 
 BLOCKS = 64
 LIST, DATA, GUESTS, EVENTS = 0x10_0000, 0x11_0000, 0x13_F000, 0x14_0000

@@ -23,13 +23,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 pytest.importorskip("nvmove.engine.loop", reason="the compiled engine was not built")
 
-from tests.nvme_host import Completion, Host
-from tests.rings import PUNCH, ExportedDisk, InlineRings, LentDisk, LentLines, LentRam
-
 from nvmove.block.backend import Operation, Request
 from nvmove.block.lend import ASK, NOTHING, LentSpace
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.spec import DEAC, DOORBELLS, DSM_DEALLOCATE, DSM_RANGE, FUA, SGL_DESCRIPTOR, Admin, Nvm
+from tests.nvme_host import Completion, Host
+from tests.rings import PUNCH, ExportedDisk, InlineRings, LentDisk, LentLines, LentRam
 
 DBS, EIS = 0x29_0000, 0x29_1000
 SHARED = 64

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.failing import FailingDisk, PolicyHost
-from tests.nvme_host import Completion, Entries, Ring
 
 from nvmove.block.backend import Operation
 from nvmove.block.policy import Action, ErrorPolicy
 from nvmove.nvme.spec import Admin, Nvm, Status
 from nvmove.nvme.state.saved import ControllerState
+from tests.failing import FailingDisk, PolicyHost
+from tests.nvme_host import Completion, Entries, Ring
 
 QUEUES = st.integers(1, 2)
 FAILED = {Status.CAPACITY_EXCEEDED, Status.WRITE_FAULT, Status.UNRECOVERED_READ_ERROR}

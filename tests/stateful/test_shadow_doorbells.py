@@ -8,10 +8,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from tests.nvme_shadow import DBS, EIS, ShadowHost
-from tests.stateful.test_controller import Machine
 
 from nvmove.nvme.spec import Admin, Status
+from tests.nvme_shadow import DBS, EIS, ShadowHost
+from tests.stateful.test_controller import Machine
 
 
 class ShadowMachine(Machine):

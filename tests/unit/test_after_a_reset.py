@@ -11,10 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.directories import short_directory
-from tests.nvme_host import CC, Entries, Ring, sqe
-from tests.silent_disks import SilentDisk, held_by_a_server, held_in_nvmove, held_in_the_kernel
-from tests.waiting import PATIENCE, wait
 
 from nvmove.device import NvmeDevice
 from nvmove.engine.compiled import CompiledEngine
@@ -24,6 +20,10 @@ from nvmove.nvme.spec import CQE, CQE_SIZE, CSTS_SHST_COMPLETE, DOORBELLS, SQE_S
 from nvmove.vfio.client import GuestRam, VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION
 from nvmove.vfio.message import RegionAccess
+from tests.directories import short_directory
+from tests.nvme_host import CC, Entries, Ring, sqe
+from tests.silent_disks import SilentDisk, held_by_a_server, held_in_nvmove, held_in_the_kernel
+from tests.waiting import PATIENCE, wait
 
 BLOCK = PAGE = 4096
 OLD, NEW = b"\xa5", b"\x5a"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from tests.unit.test_device import ACQ, connected, dword, enable, identify, signalled, vector0
 
 from nvmove.device import NvmeDevice
 from nvmove.nvme.config import ControllerConfig
@@ -15,6 +14,7 @@ from nvmove.vfio.client import ClientError
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION
 from nvmove.vfio.migration import State
 from nvmove.vfio.migration_client import MigrationClient
+from tests.unit.test_device import ACQ, connected, dword, enable, identify, signalled, vector0
 
 PAGE = 4096
 CQE = bytes.fromhex("07000100")

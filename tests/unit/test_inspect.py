@@ -13,7 +13,6 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.states import busy, fresh
 
 from nvmove.errors import UserError
 from nvmove.inspect import add_arguments, as_json, as_text, inspect, run
@@ -26,6 +25,7 @@ from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.source import BytesSource, FileSource
 from nvmove.vmstate.stream import Section
 from nvmove.vmstate.stream import dump as dump_stream
+from tests.states import busy, fresh
 
 DATA = Path(__file__).parents[1] / "data"
 RAM = b"QEVM\0\0\0\3" + bytes(range(256)) * 40

@@ -5,10 +5,10 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from tests.qemu_messages import BAD_DEVICES, BAD_NAMESPACES
 
 from nvmove.options.devices import ParsedController, parse_controllers, parse_device
 from nvmove.options.syntax import OptionError
+from tests.qemu_messages import BAD_DEVICES, BAD_NAMESPACES
 
 
 def controllers(*devices: str) -> list[ParsedController]:

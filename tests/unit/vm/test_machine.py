@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_vm import FakeVm, fake_vm
-from tests.nvme_guest import Disk
 
 from nvmove.block.backend import BackendError
 from nvmove.block.fault import FaultRule, FaultRules
@@ -24,6 +22,8 @@ from nvmove.vm.disks import exports
 from nvmove.vm.line.endpoints import MonitorEndpoint, MonitorMode, UnixAddress
 from nvmove.vm.machine import Machine
 from nvmove.vmstate.bus import VMStateBus
+from tests.fake_vm import FakeVm, fake_vm
+from tests.nvme_guest import Disk
 
 LIMIT = 20
 

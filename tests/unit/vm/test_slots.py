@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from tests.fake_qemu import FakeQemu, facade_on_fake
 
 from nvmove.vm.monitor.facade import Facade, QmpError
 from nvmove.vm.slots import Slots
+from tests.fake_qemu import FakeQemu, facade_on_fake
 
 BUS = "/machine/i440fx/pci.0"
 PLACES = {"nv": (BUS, 5 << 3), "beside": (BUS, 5 << 3 | 1), "rng": (BUS, 6 << 3), "fixed": ("/machine/q35/pcie.0", 8)}
