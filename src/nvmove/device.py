@@ -3,17 +3,12 @@
 Two sides meet here. The vfio-user session calls the methods of `nvmove.vfio.device.Device`, on its control thread,
 which never waits. The owner of the device calls the six verbs `reset`, `pause`, `resume`, `save`, `load` and `inspect`,
 on any other thread; they may wait.
-
-QEMU keeps BARs, COMMAND and the MSI-X table of its own and forgets them in a load. So a loaded state's PCI part stays
-apart (`pci_config`, `msix_table`), untouched by what QEMU writes meanwhile, until the device runs again.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +24,8 @@ from nvmove.nvme.counters import Counters
 from nvmove.nvme.seams import Engine
 from nvmove.nvme.spec import DOORBELLS
 from nvmove.nvme.state import vmsd
-from nvmove.nvme.state.vmsd import PciImage
-from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
-from nvmove.pci.interrupts import InterruptLines
+from nvmove.pci.config import CONFIG_SIZE
+from nvmove.pci.function import PciFunction
 from nvmove.vfio.device import (
     BAR0_REGION,
     CONFIG_REGION,
@@ -47,6 +41,7 @@ from nvmove.vfio.device import (
     Reset,
 )
 from nvmove.vfio.dirty import DirtyLog, DirtyReport
+from nvmove.vfio.ends import Ends
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
 from nvmove.vfio.page import SharedPages
@@ -54,9 +49,6 @@ from nvmove.vfio.receive import PlainReceiver, Receiver
 from nvmove.vfio.transport import Server
 
 log = logging.getLogger(__name__)
-
-_MSIX_ENTRY_RESET = bytes(12) + (1).to_bytes(4, "little")
-"""A vector of the MSI-X table after reset: masked (PCIe Base 4.0 §7.7.2.3)."""
 
 
 class NvmeDevice:
@@ -90,16 +82,14 @@ class NvmeDevice:
         """States loaded since the device exists."""
         self.resets = 0
         """Function-level resets seen, QEMU's and the guest's."""
-        self._config = ConfigSpace(config)
-        self._layout = self._config.layout
-        self._lines = InterruptLines(config.msix_qsize, lambda: self._config.msix_enabled)
+        self._pci = PciFunction(config)
         self._memory = GuestMemory(lends=not memory_moves)
         self._engine = engine or choice.new_engine(id)
         self.controller = Controller(
             config,
             backends,
             self._memory,
-            self._lines,
+            self._pci.lines,
             self._engine,
             errors=errors,
             on_error=on_error,
@@ -108,12 +98,8 @@ class NvmeDevice:
         self._migration = Migration(self) if client_migrates else None
         self._client: Client | None = None
         self._server: Server | None = None
-        # Guards what both sides touch: configuration space and the loaded PCI state.
-        self._lock = threading.Lock()
-        self._table = _MSIX_ENTRY_RESET * config.msix_qsize
-        self._loaded: PciImage | None = None
         self._regions = [RegionInfo()] * REGION_COUNT
-        self._regions[BAR0_REGION] = RegionInfo(self._layout.size, readable=True, writable=True)
+        self._regions[BAR0_REGION] = RegionInfo(self._pci.layout.size, readable=True, writable=True)
         self._doorbells: SharedPages | None = None
         self._poller: Poller | None = None
         if config.mapped_doorbells:
@@ -139,9 +125,7 @@ class NvmeDevice:
     @property
     def receiver(self) -> Receiver:
         """Who receives the client's messages."""
-        if (
-            self._doorbells is not None
-        ):  # what comes by message all the same goes into the page that the client has mapped
+        if self._doorbells is not None:  # what comes by message goes into the page that the client has mapped
             return PlainReceiver()
         return choice.receiver_of(self._engine)
 
@@ -162,7 +146,7 @@ class NvmeDevice:
 
         Raises TimeoutError when that takes more than `timeout` seconds; the device stays paused then.
         """
-        self._lines.quieten()
+        self._pci.lines.quieten()
         if not self.controller.pause(timeout):
             raise TimeoutError(f"{self.id}: I/O is still in flight after {timeout} s")
 
@@ -173,9 +157,7 @@ class NvmeDevice:
         again fails again, and its error policy says what then.
         """
         self._recover()
-        with self._lock:
-            self._loaded = None
-        self._lines.resume()
+        self._pci.run()
         self.controller.resume()
 
     def _recover(self) -> None:
@@ -198,11 +180,7 @@ class NvmeDevice:
     def save(self) -> bytes:
         """Return the state of the paused device, in QEMU's wire format."""
         controller = self.controller.save()
-        with self._lock:
-            config = self._config.save() if self._loaded is None else self._loaded.config
-            table = self._table
-        pci = PciImage(config, table, self._lines.pending, self._lines.level)
-        return vmsd.dump(vmsd.DeviceState(pci, controller))
+        return vmsd.dump(vmsd.DeviceState(self._pci.save(), controller))
 
     def load(self, data: bytes) -> None:
         """Take a saved state over; the device must be paused and stays so.
@@ -211,19 +189,9 @@ class NvmeDevice:
         or is another device's; or with the controller as after a reset: a queue has no thread.
         """
         state = vmsd.load(data)
-        with self._lock:
-            # The controller's load looks whether MSI-X is on, so configuration space goes first, and back on refusal.
-            before = self._config.save()
-            self._config.load(state.pci.config)
-            try:
-                self.controller.load(state.controller)
-            except BaseException:
-                self._config.load(before)
-                raise
-            self._lines.load(state.pci.pending, state.pci.intx)
-            self._table = state.pci.msix_table
-            self._loaded = state.pci
-            self.loads += 1
+        with self._pci.loading(state.pci):
+            self.controller.load(state.controller)
+        self.loads += 1
 
     # --- migration ---------------------------------------------------------------------------------------------------
 
@@ -259,18 +227,17 @@ class NvmeDevice:
 
     def inspect(self) -> dict[str, Any]:
         """Return what the device is and does now, as a tree of plain values; also while it runs."""
-        with self._lock:
-            config = self._config.save()
+        lines = self._pci.lines
         return {
             "id": self.id,
             "connected": self._client is not None,
             "loads": self.loads,
             "resets": self.resets,
             "pci": {
-                "config": config[:256].hex(" ", -4),
-                "msix_enabled": self._lines.msix_enabled,
-                "pending": list(self._lines.pending),
-                "intx": self._lines.level,
+                "config": self._pci.current_config[:256].hex(" ", -4),
+                "msix_enabled": lines.msix_enabled,
+                "pending": list(lines.pending),
+                "intx": lines.level,
             },
             "memory": [
                 {"address": address, "size": size, "access": access} for address, size, access in self._memory.ranges()
@@ -284,6 +251,16 @@ class NvmeDevice:
             self.controller.leases.refresh()
             (found,) = (one.counters for one in self.controller.namespaces if one.config.drive == drive)
             return found.copy()
+
+    @property
+    def drives(self) -> Mapping[int, str]:
+        """The namespaces' drives, by namespace id."""
+        return {namespace.nsid: namespace.config.drive for namespace in self.controller.namespaces}
+
+    def block_size(self, drive: str) -> int:
+        """Return the logical block size in bytes of the namespace on a drive, as it is formatted now."""
+        (found,) = (one for one in self.controller.namespaces if one.config.drive == drive)
+        return found.block_size
 
     def set_cluster_size(self, drive: str, size: int) -> None:
         """Tell the namespaces of a drive how many bytes its image allocates at once; before the guest looks."""
@@ -302,26 +279,21 @@ class NvmeDevice:
     @property
     def pci_config(self) -> bytes:
         """The first 256 bytes of configuration space as the guest left them; between a load and `resume`, as loaded."""
-        with self._lock:
-            return (self._config.save() if self._loaded is None else self._loaded.config)[:256]
+        return self._pci.config[:256]
 
     @property
     def msix_table_offset(self) -> int:
         """Offset of the MSI-X table in BAR0."""
-        return self._layout.table
+        return self._pci.layout.table
 
     @property
     def msix_table(self) -> bytes:
         """The MSI-X table, as loaded or as `keep_msix_table` got it, 16 bytes a vector."""
-        with self._lock:
-            return self._table
+        return self._pci.table
 
     def keep_msix_table(self, table: bytes) -> None:
         """Take QEMU's MSI-X table into the state that `save` writes; raise ValueError for one of another size."""
-        if len(table) != self._layout.table_size:
-            raise ValueError(f"an MSI-X table of {len(table)} bytes, expected {self._layout.table_size}")
-        with self._lock:
-            self._table = table
+        self._pci.keep_table(table)
 
     # --- nvmove.vfio.device.Device, on the control thread ------------------------------------------------------------
 
@@ -352,7 +324,7 @@ class NvmeDevice:
         self._client = self._memory.client = None
         if self._doorbells is not None:  # the old client may have kept its mapping
             done = self._with_new_doorbells(done)
-        self._lines.disconnect()
+        self._pci.lines.disconnect()
         if self._migration is not None:
             done = functools.partial(self._migration.end, done)
         self._reset(lambda: self._memory.unmap_all(lambda _errno: done()))
@@ -366,28 +338,31 @@ class NvmeDevice:
 
     def _share_doorbells(self) -> None:
         """Make new memory for the doorbells, while there is no client and no queue."""
-        start, end = DOORBELLS, self._layout.table
+        start, end = DOORBELLS, self._pci.layout.table
         if self._doorbells is not None:
             self._doorbells.close()
         self._doorbells = SharedPages(start, end - start)
         self.controller.doorbells.share(self._doorbells.view.cast("I"))
         area = MappableArea(start, end - start, self._doorbells.fd)
-        self._regions[BAR0_REGION] = RegionInfo(self._layout.size, readable=True, writable=True, mappable=area)
+        self._regions[BAR0_REGION] = RegionInfo(self._pci.layout.size, readable=True, writable=True, mappable=area)
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Read configuration space, registers or the Pending Bit Array; the MSI-X table is QEMU's, here it is zero."""
         if region == CONFIG_REGION:
-            return self._config.read(offset, count, self._lines.level)
-        if offset < self._layout.table:
+            return self._pci.read(offset, count)
+        if offset < self._pci.layout.table:
             return self.controller.read(offset, count).to_bytes(count, "little")
-        start = offset - self._layout.pba
-        return self._lines.pending_bits()[start : start + count].ljust(count, b"\0") if start >= 0 else bytes(count)
+        start = offset - self._pci.layout.pba
+        return self._pci.lines.pending_bits()[start : start + count].ljust(count, b"\0") if start >= 0 else bytes(count)
 
     def write(self, region: int, offset: int, data: bytes) -> Reset | None:
         """Write configuration space, registers or doorbells; the rest of BAR0 takes no writes."""
         if region == CONFIG_REGION:
-            return self._write_config(offset, data)
-        if offset + len(data) <= self._layout.table:
+            if not self._pci.write(offset, data):
+                return None
+            self.resets += 1
+            return self._reset
+        if offset + len(data) <= self._pci.layout.table:
             self.controller.write(offset, len(data), int.from_bytes(data, "little"))
         return None
 
@@ -404,7 +379,7 @@ class NvmeDevice:
 
     def set_irqs(self, index: int, start: int, count: int, action: IrqAction) -> None:
         """Change interrupts."""
-        self._lines.set_irqs(index, start, count, action)
+        self._pci.lines.set_irqs(index, start, count, action)
 
     def reset(self, done: Callable[[], None]) -> None:
         """Function-level reset; `done` when nothing from before touches guest memory. A paused device stays so.
@@ -414,37 +389,10 @@ class NvmeDevice:
         self.resets += 1
         self._reset(done if self._migration is None else functools.partial(self._migration.reset, done))
 
-    def _write_config(self, offset: int, data: bytes) -> Reset | None:
-        with self._lock:
-            had_msix = self._config.msix_enabled
-            wants_reset = self._config.write(offset, data)
-            lost_msix = had_msix and not self._config.msix_enabled and self._loaded is None
-        if lost_msix:
-            self._lines.forget_pending()
-        if not wants_reset:
-            return None
-        self.resets += 1
-        return self._reset
-
     def _reset(self, done: Callable[[], None]) -> None:
         # The controller first: once its queues are dropped it raises no interrupt any more. It may be done at once, or
         # later on another thread; whoever waits is told when this side is done too.
-        part_done = _after_both(done)
-        self.controller.reset(part_done)
-        with self._lock:
-            self._config.reset()
-            self._loaded = None
-            self._table = _MSIX_ENTRY_RESET * (len(self._table) // len(_MSIX_ENTRY_RESET))
-        self._lines.reset()
-        part_done()
-
-
-def _after_both(done: Callable[[], None]) -> Callable[[], None]:
-    """Return what calls `done` when it is called for the second time, from any thread."""
-    calls = itertools.count(1)  # its next() is atomic
-
-    def part_done() -> None:
-        if next(calls) == 2:
-            done()
-
-    return part_done
+        ends = Ends(done)
+        self.controller.reset(ends.one_more())
+        self._pci.reset()
+        ends.no_more()

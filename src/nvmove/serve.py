@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import signal
@@ -74,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
             cleanup.callback(device.close)
             if slow := choice.notice():
                 print(f"nvmove: warning: {slow}", file=sys.stderr)
-            for namespace in device.controller.namespaces:
-                backends[namespace.config.drive].namespace = namespace
+            for drive, backend in backends.items():
+                backend.block_size = functools.partial(device.block_size, drive)
             device.start(args.socket)
             print(attach_lines(args.socket, controller), flush=True)
             gc.freeze()  # as in vm/machine.py

@@ -138,9 +138,10 @@ def test_faults_are_in_force_from_the_start(work: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(serve, "NvmeDevice", make)
     monkeypatch.setattr(signal, "sigwait", lambda signals: signal.SIGTERM)
-    words = ["--drive", drive(work), "--device", DEVICE, "--fault", "lba=3,errno=EIO"]
+    device_words = f"{DEVICE},logical_block_size=4096,physical_block_size=4096"
+    words = ["--drive", drive(work), "--device", device_words, "--fault", "lba=3,errno=EIO"]
     assert run(work, *words) == 0
     ((backend, served),) = made
     (namespace,) = served.controller.namespaces
-    assert backend.namespace is namespace
+    assert backend.block_size() == 4096
     assert namespace.backend is backend

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from nvmove.block.backend import Backend, Operation, Request
 from nvmove.block.delay import Delays
@@ -134,14 +133,6 @@ class FaultRules:
         self.any = not all(fault.exhausted for fault in self._faults.values())
 
 
-class HasBlockSize(Protocol):
-    """What a back end here wants to know of its namespace."""
-
-    @property
-    def block_size(self) -> int:
-        """Logical block size in bytes."""
-
-
 class FaultyBackend:
     """`image` as long as no rule says otherwise.
 
@@ -152,8 +143,8 @@ class FaultyBackend:
     def __init__(self, image: Backend, rules: FaultRules, names: Iterable[str]) -> None:
         """`names` are those that a rule's `drive` may have."""
         self.image = image
-        self.namespace: HasBlockSize | None = None
-        """Whose blocks a rule's `lbas` count; blocks of 512 bytes without one."""
+        self.block_size: Callable[[], int] = lambda: SECTOR
+        """Tells the bytes of the blocks that a rule's `lbas` count."""
         self._names = frozenset(names)
         self._rules = rules
         self._delays = Delays(f"fault-{min(self._names, default='')}")
@@ -164,8 +155,7 @@ class FaultyBackend:
         if not self._rules.any:
             self.image.submit(request)
             return
-        block_size = self.namespace.block_size if self.namespace is not None else SECTOR
-        hit = self._rules.take(request, self._names, block_size)
+        hit = self._rules.take(request, self._names, self.block_size())
         if hit is None:
             self.image.submit(request)
             return

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from nvmove.vfio.device import (
     Reset,
 )
 from nvmove.vfio.dma import DmaChannel
+from nvmove.vfio.ends import Ends
 from nvmove.vfio.message import Command, Header, RegionAccess, RequestError
 from nvmove.vfio.receive import LOST, close_all
 
@@ -225,7 +225,7 @@ class Session:
         for access in writes:
             self._check_write(access)
         answer = self._later(header, len(writes).to_bytes(8, "little"))  # the batch, without its writes
-        ends = _Ends(lambda: answer(0))
+        ends = Ends(lambda: answer(0))
         for access in writes:
             if reset := self._device.write(access.region, access.offset, access.data):
                 self._begin(reset, ends.one_more())
@@ -272,32 +272,6 @@ class Session:
 
         channel.refuse("the device is being reset")
         reset(done)
-
-
-class _Ends:
-    """Calls `done` when all have ended that there are, from any thread."""
-
-    def __init__(self, done: Callable[[], None]) -> None:
-        self._done = done
-        self._lock = threading.Lock()
-        self._left = 1  # `no_more`
-
-    def one_more(self) -> Callable[[], None]:
-        """There is one more; return what is to be called at its end."""
-        with self._lock:
-            self._left += 1
-        return self._end
-
-    def no_more(self) -> None:
-        """There are all."""
-        self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            self._left -= 1
-            is_last = not self._left
-        if is_last:
-            self._done()
 
 
 def _irq_action(request: message.IrqSet, fds: list[int]) -> IrqAction:

@@ -12,50 +12,29 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from qemu.qmp.error import QMPError
 from qemu.qmp.protocol import ConnectError
 
-from nvmove.block.backend import Backend, BackendError
-from nvmove.block.fault import FaultRules, FaultyBackend
-from nvmove.block.late import LateBackend
-from nvmove.block.null import NullBackend
-from nvmove.block.open import open_local
-from nvmove.block.policy import DriveErrors, ErrorPolicy
-from nvmove.block.raw.backend import RawBackend
+from nvmove.block.backend import BackendError
+from nvmove.block.fault import FaultRules
 from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.limits import raise_descriptors
 from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
-from nvmove.vm.disks.blockinfo import ServedDrive
-from nvmove.vm.disks.blockstats import BlockStats
-from nvmove.vm.disks.exports import Export, cluster_sizes, open_exports
-from nvmove.vm.disks.faults import FaultCommands
-from nvmove.vm.disks.ioerrors import IoErrors
-from nvmove.vm.disks.iostatus import IoStatus
-from nvmove.vm.disks.nbdserver import NbdServer
-from nvmove.vm.disks.ownimages import OwnImages
-from nvmove.vm.disks.queryblock import QueryBlock
-from nvmove.vm.disks.resize import Disk, Resizable, Resize
-from nvmove.vm.disks.stalls import Stalls
-from nvmove.vm.line.plan import DRIVER, Plan, PlannedDrive
-from nvmove.vm.monitor.facade import Facade, QemuClient, QemuGone, QmpError
+from nvmove.vm.disks.drives import Drives
+from nvmove.vm.line.plan import DRIVER, Plan
+from nvmove.vm.monitor.facade import Facade, QemuClient, QemuGone
 from nvmove.vm.monitor.serving import Monitors
-from nvmove.vm.moves.capabilities import Capabilities
-from nvmove.vm.moves.handlers import Handlers
-from nvmove.vm.moves.images import Image, Images
-from nvmove.vm.moves.incoming import Incoming
-from nvmove.vm.moves.machinestate import MachineState, Namespace
-from nvmove.vm.moves.migration import Migration
-from nvmove.vm.moves.pciaddress import ConfigSpaces
-from nvmove.vm.moves.qtest import QTest, ReplayError
+from nvmove.vm.moves.images import Images
+from nvmove.vm.moves.machinestate import MachineState
+from nvmove.vm.moves.moves import Moves, config_spaces
+from nvmove.vm.moves.qtest import QTest
 from nvmove.vm.moves.runstate import RunState
-from nvmove.vm.moves.snapshot import SnapshotError, Snapshots, failure
 from nvmove.vm.qemuerrors import ErrorRelay, Wording
 from nvmove.vm.slots import Slots
 from nvmove.vmstate.bus import VMStateBus
@@ -66,18 +45,6 @@ log = logging.getLogger(__name__)
 
 _QUIT_SECONDS = 10
 _STDERR = 2
-
-
-@dataclass
-class _Drive:
-    """A planned drive with its back end."""
-
-    plan: PlannedDrive
-    backend: FaultyBackend
-    late: LateBackend | None
-    io: IoStatus
-    node: str
-    """PlannedDrive.node, when it is known."""
 
 
 def run(plan: Plan, run_directory: Path, faults: FaultRules) -> int:
@@ -93,14 +60,12 @@ class Machine:
 
     def __init__(self, plan: Plan, run_directory: Path, faults: FaultRules | None = None) -> None:
         self._plan = plan
-        self._faults = FaultRules() if faults is None else faults
         self._run_directory = run_directory
-        self._drives: dict[str, _Drive] = {}
         self._devices: list[NvmeDevice] = []
         self._state = MachineState([device.id for device in plan.devices])
         self._cleanup = contextlib.AsyncExitStack()
         self._process: qemu.QemuProcess | None = None
-        self._nbd_socket = run_directory / "nbd"
+        self._faults = FaultRules() if faults is None else faults
         self._signal = 0
         """What ended us before there was a QEMU."""
 
@@ -121,8 +86,10 @@ class Machine:
 
     async def _live(self) -> int:
         bus = await self._start_bus()
-        self._open_drives()
-        await self._start_devices(bus)
+        drives = Drives(self._plan.drives, self._faults, self._run_directory / "nbd")
+        self._cleanup.push_async_callback(asyncio.to_thread, drives.close)
+        drives.open(active=self._plan.incoming is None)
+        await self._start_devices(bus, drives)
         monitors = Monitors(self._plan.endpoints)
         self._cleanup.push_async_callback(monitors.close)
         await monitors.open()
@@ -138,7 +105,7 @@ class Machine:
         self._cleanup.push_async_callback(_disconnect, client)
         try:
             with _said_first():
-                await _while_it_runs(ended, self._connect_and_set_up(client, cpu, monitors, bus))
+                await _while_it_runs(ended, self._connect_and_set_up(client, cpu, monitors, drives, bus))
         except QemuGone:
             log.debug("QEMU ended while the VM was set up")  # its message is on stderr
         except UserError:
@@ -189,35 +156,22 @@ class Machine:
         self._cleanup.push_async_callback(bus.close)
         return bus
 
-    def _open_drives(self) -> None:
-        for plan in self._plan.drives:
-            late = LateBackend() if plan.in_qemu else None
-            image: Backend = late or open_local(plan.config, active=self._plan.incoming is None)
-            backend = FaultyBackend(image, self._faults, plan.names)
-            errors = DriveErrors(ErrorPolicy(plan.config.werror), ErrorPolicy(plan.config.rerror))
-            self._drives[plan.key] = _Drive(plan, backend, late, IoStatus(errors), plan.node)
-            self._cleanup.push_async_callback(asyncio.to_thread, backend.close)
-
-    async def _start_devices(self, bus: VMStateBus) -> None:
-        backends = {key: drive.backend for key, drive in self._drives.items()}
-        errors = {key: drive.io.errors for key, drive in self._drives.items()}
-        self._io_errors = IoErrors()
-        self._stalls = Stalls()
+    async def _start_devices(self, bus: VMStateBus, drives: Drives) -> None:
         for plan in self._plan.devices:
             device = NvmeDevice(
                 plan.config,
-                backends,
+                drives.backends,
                 id=plan.id,
-                errors=errors,
-                on_error=self._io_errors.report,
-                on_wait=functools.partial(self._stalls.report, plan.id),
+                errors=drives.errors,
+                on_error=drives.io_errors.report,
+                on_wait=functools.partial(drives.stalls.report, plan.id),
                 memory_moves=self._plan.is_translated,
             )
-            for namespace in device.controller.namespaces:
-                backends[namespace.config.drive].namespace = namespace
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
-            device.start(plan.socket)
             self._devices.append(device)
+        drives.use(self._devices)
+        for plan, device in zip(self._plan.devices, self._devices, strict=True):
+            device.start(plan.socket)
             await bus.add(f"nvmove/{plan.id}", device)
         await bus.add(IDENT, self._state)
 
@@ -228,145 +182,51 @@ class Machine:
 
     # --- with QEMU ---------------------------------------------------------------------------------------------------
 
-    async def _connect_and_set_up(self, client: QemuClient, cpu: QTest, monitors: Monitors, bus: VMStateBus) -> None:
+    async def _connect_and_set_up(
+        self, client: QemuClient, cpu: QTest, monitors: Monitors, drives: Drives, bus: VMStateBus
+    ) -> None:
         try:
             await client.accept()
         except ConnectError as error:
             if isinstance(error.exc, OSError) and error.exc.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:
                 raise  # it is not QEMU that is gone
             raise QemuGone("QEMU's monitor did not connect") from error
-        await self._set_up(client, cpu, monitors, bus)
-
-    async def _set_up(self, client: QemuClient, cpu: QTest, monitors: Monitors, bus: VMStateBus) -> None:
         facade = Facade(client)
-        try:
-            target = (await facade.execute("query-target"))["arch"]
-            spaces = await ConfigSpaces.of_machine(cpu, facade.hmp, await facade.execute("query-pci"), target)
-        except ReplayError as error:
-            raise UserError(f"{error}: its disks could not be saved or moved") from None
-        own = [drive.backend.image for drive in self._drives.values() if drive.late is None]
-        images = Images([cast(Image, image) for image in own], taken=self._plan.incoming is None)
+        spaces = await config_spaces(facade, cpu)
+        images = Images(drives.images, taken=self._plan.incoming is None)
         runstate = RunState(facade, self._devices, images)
         slots = Slots(facade, [device.id for device in self._devices])
         await slots.close()
         slots.register()
-        exports = await self._connect_exports(facade)
-        by_key = {key: self._served(drive, exports.get(key)) for key, drive in self._drives.items()}
-        served = list(by_key.values())
-        unsaveable = [drive.label for drive in served if not drive.in_qemu and not drive.backend.read_only]
-        snapshots = Snapshots(facade, spaces, runstate, self._devices, unsaveable, bus)
-        snapshots.on_load.append(slots.after_load)
-        own_nodes = [name for one in served if not one.in_qemu for name in (one.node, one.name) if name]
-        Handlers(facade, runstate, snapshots, own_nodes).register()
-        QueryBlock(facade, served).register()
-        BlockStats(facade, served).register()
-        Resize(facade, runstate, [self._disk(key, drive, exports) for key, drive in self._drives.items()]).register()
-        if exports:
-            shared = [(by_key[key], export) for key, export in exports.items()]
-            nbd_server = NbdServer(facade, shared, self._nbd_socket)
-            nbd_server.register()
-            self._cleanup.push_async_callback(nbd_server.close)
-        OwnImages(facade, served).register()
-        self._io_errors.connect(facade, runstate, by_key)
-        self._stalls.connect(facade, runstate, self._devices)
-        self._state.connect(lambda: runstate.to_save, self._io_statuses())
-        capabilities = Capabilities(facade)
-        capabilities.register()
-        Migration(facade, runstate, snapshots, self._devices, images, capabilities, bus.check).register()
-        FaultCommands(self._faults, self._plan.drive_names).register(facade)
+        await drives.connect(facade)
+        moves = Moves(
+            *(facade, spaces, runstate, self._devices, images, bus),
+            unsaveable=drives.unsaveable,
+            own_nodes=drives.own_nodes,
+        )
+        moves.on_load.append(slots.after_load)
+        moves.register()
+        drives.register(facade, runstate)
+        self._cleanup.push_async_callback(drives.hang_up)
+        self._state.connect(lambda: runstate.to_save, drives.io_statuses)
         await runstate.pause_devices()
-        if self._plan.loadvm is not None:
-            await self._load(snapshots, self._plan.loadvm)
-        if self._plan.incoming is not None:
-            incoming = Incoming(facade, runstate, snapshots, self._devices, images, capabilities, self._state)
-            await incoming.prepare(autostart=not self._plan.paused)
+        await self._begin(facade, monitors, runstate, moves)
+
+    async def _begin(self, facade: Facade, monitors: Monitors, runstate: RunState, moves: Moves) -> None:
+        """Let the VM run, load it or receive it, and its monitors answer."""
+        plan = self._plan
+        if plan.loadvm is not None:
+            await moves.load(plan.loadvm)
+        if plan.incoming is not None:
+            incoming = moves.incoming(self._state)
+            await incoming.prepare(autostart=not plan.paused)
             await monitors.serve(facade)
-            await incoming.begin(self._plan.incoming)
+            await incoming.begin(plan.incoming)
             await incoming.arrived()
             return
         await monitors.serve(facade)  # as with QEMU, a monitor answers when -loadvm is done
-        if not self._plan.paused:
+        if not plan.paused:
             await runstate.cont()
-
-    def _io_statuses(self) -> dict[Namespace, IoStatus]:
-        return {
-            (device.id, namespace.nsid): self._drives[namespace.config.drive].io
-            for device in self._devices
-            for namespace in device.controller.namespaces
-        }
-
-    async def _connect_exports(self, facade: Facade) -> dict[str, Export]:
-        late = {key: drive for key, drive in self._drives.items() if drive.late is not None}
-        for drive in late.values():
-            drive.node = await _node(facade, drive.plan)
-        exports = [
-            Export(key, drive.node, not drive.plan.config.options.read_only, iothread=f"nvmove-io{number}")
-            for number, (key, drive) in enumerate(late.items())
-        ]
-        try:
-            opened = await open_exports(facade, self._nbd_socket, exports)
-        except QmpError as error:
-            raise UserError(error.desc) from None
-        except BackendError:
-            await facade.execute("query-status")  # raises QemuGone when that is the reason
-            raise
-        for key, backend in opened.items():
-            waiting = late[key].late
-            assert waiting is not None
-            waiting.open(backend)
-        clusters = await cluster_sizes(facade) if exports else {}
-        for device in self._devices:
-            device.refresh()
-            for export in exports:
-                device.set_cluster_size(export.drive, clusters.get(export.node, 0))
-        return {export.drive: export for export in exports}
-
-    def _disk(self, key: str, drive: _Drive, exports: dict[str, Export]) -> Disk:
-        """Return what `block_resize` needs to know of a drive."""
-        (device,) = (device for device in self._devices if device.id == drive.plan.device)
-        image: Resizable | Export
-        if drive.late is None:
-            assert isinstance(drive.backend.image, RawBackend | NullBackend)
-            image = drive.backend.image
-        else:
-            image = exports[key]
-        return Disk(drive.plan.name, drive.plan.node, image, functools.partial(device.refresh, key))
-
-    def _served(self, drive: _Drive, export: Export | None) -> ServedDrive:
-        plan = drive.plan
-        (device,) = (device for device in self._devices if device.id == plan.device)
-        return ServedDrive(
-            plan.name,
-            drive.node,
-            plan.device,
-            plan.config,
-            drive.backend,
-            plan.in_qemu,
-            drive.io,
-            functools.partial(device.counters, plan.key),
-            export.name if export else "",
-        )
-
-    async def _load(self, snapshots: Snapshots, tag: str) -> None:
-        """-loadvm: as QEMU does, a snapshot that cannot be loaded ends the program."""
-        try:
-            output = (await snapshots.load(f"loadvm {tag}")).strip()
-        except (SnapshotError, ReplayError) as error:
-            raise UserError(str(error)) from None
-        if why := failure(output):
-            raise UserError(why)
-        if output:
-            log.warning("%s", output)
-
-
-async def _node(facade: Facade, plan: PlannedDrive) -> str:
-    """Return the name of a drive's block node; only QEMU knows it where -snapshot put an overlay on top."""
-    if plan.node:
-        return plan.node
-    for info in await facade.execute("query-block"):
-        if info["device"] == plan.name:
-            return str(info["inserted"]["node-name"])
-    raise UserError(f"QEMU does not know the drive '{plan.name}'")
 
 
 @contextlib.contextmanager

@@ -100,11 +100,8 @@ def test_a_request_fails_exactly_when_the_rule_fits_and_is_not_used_up(
 
 
 def test_blocks_are_those_of_the_namespace(bench: Bench) -> None:
-    class Formatted:
-        block_size = 4096
-
     bench.rules.add(FaultRule(lbas=(2, 2), errno=errno.EIO))
-    bench.backend.namespace = Formatted()
+    bench.backend.block_size = lambda: 4096
     assert [bench.do(Operation.READ, lba) for lba in (15, 16, 23, 24)] == [0, errno.EIO, errno.EIO, 0]
 
 

@@ -13,19 +13,19 @@ import enum
 import logging
 import os
 import stat
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 from nvmove.block.backend import BackendError
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dirty import DirtyReport
 from nvmove.vm.monitor.facade import Facade, QemuGone, QmpError
 from nvmove.vm.moves import migratetext
-from nvmove.vm.moves.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities, refuse
-from nvmove.vm.moves.images import Images
+from nvmove.vm.moves.capabilities import EVENTS, PAUSE, RETURN_PATH, refuse
+from nvmove.vm.moves.movable import Movable
 from nvmove.vm.moves.qtest import ReplayError
-from nvmove.vm.moves.runstate import MIGRATING, RunState
-from nvmove.vm.moves.snapshot import SnapshotError, Snapshots
+from nvmove.vm.moves.runstate import MIGRATING
+from nvmove.vm.moves.snapshot import SnapshotError
 from nvmove.vmstate.dbus_daemon import BusError
 
 log = logging.getLogger(__name__)
@@ -46,16 +46,6 @@ _ENDING_SECONDS = 3.0
 """How long a new migration waits for the end of the last one."""
 
 
-class MigratedDevice(Protocol):
-    """A device as a migration needs it, at rest or not."""
-
-    def track_dirty(self, on: bool) -> None:
-        """Note from now on, or no more, which guest memory is written by DMA, and mark it where that is safe."""
-
-    def mark_dirty(self) -> DirtyReport:
-        """Make QEMU send again what was noted and not marked; the VM is stopped. Raises DmaError."""
-
-
 class Stage(enum.Enum):
     """Where a migration is."""
 
@@ -70,23 +60,9 @@ class Stage(enum.Enum):
 class Migration:
     """One VM's outgoing migrations, one at a time."""
 
-    def __init__(
-        self,
-        facade: Facade,
-        runstate: RunState,
-        snapshots: Snapshots,
-        devices: Sequence[MigratedDevice],
-        images: Images,
-        capabilities: Capabilities,
-        check_bus: Callable[[], None],
-    ) -> None:
+    def __init__(self, vm: Movable, check_bus: Callable[[], None]) -> None:
         """`check_bus` raises BusError when QEMU would not reach the devices' state."""
-        self._facade = facade
-        self._runstate = runstate
-        self._snapshots = snapshots
-        self._devices = devices
-        self._images = images
-        self._capabilities = capabilities
+        self._vm = vm
         self._check_bus = check_bus
         self.stage = Stage.IDLE
         self._held_event: Event | None = None
@@ -102,7 +78,7 @@ class Migration:
 
     def register(self) -> None:
         """Put the commands into the facade."""
-        facade = self._facade
+        facade = self._vm.facade
         facade.handlers["migrate"] = self._qmp_migrate
         facade.handlers["migrate-continue"] = self._qmp_continue
         facade.handlers["query-migrate"] = self._qmp_query
@@ -122,25 +98,25 @@ class Migration:
 
     async def start(self, arguments: dict[str, Any]) -> None:
         """Begin as QMP `migrate` does; raises QmpError, with everything as it was."""
-        async with self._facade.exclusive():
+        async with self._vm.facade.exclusive():
             if self.stage is Stage.ENDING and self._ended is not None:  # a cancel may hang in QEMU, on exec: say
                 await asyncio.wait({self._ended}, timeout=_ENDING_SECONDS)
             if self.stage is not Stage.IDLE:
                 raise QmpError("GenericError", MIGRATING)
             await self._check(arguments)
-            async with self._runstate.lock:  # not in the middle of a snapshot
+            async with self._vm.runstate.lock:  # not in the middle of a snapshot
                 await self._start(arguments)
 
     async def _check(self, arguments: Mapping[str, Any]) -> None:
-        if self._runstate.autostart is not None:
+        if self._vm.runstate.autostart is not None:
             raise QmpError("GenericError", "Guest is waiting for an incoming migration")
         if arguments.get("resume"):
             raise QmpError("GenericError", f"migrate: nothing to resume: {_NO_POSTCOPY}")
         if any(channel.get("channel-type") == "cpr" for channel in _channels(arguments)):
             raise QmpError("GenericError", "migrate: a cpr channel is not supported with nvmove's disks")
-        users = await self._capabilities.users()
+        users = await self._vm.capabilities.users()
         refuse({name for name, state in users.items() if state})
-        mode = (await self._facade.execute("query-migrate-parameters")).get("mode", "normal")
+        mode = (await self._vm.facade.execute("query-migrate-parameters")).get("mode", "normal")
         if mode != "normal":
             raise QmpError("GenericError", f"migrate: mode '{mode}' is not supported with nvmove's disks")
         try:
@@ -152,18 +128,18 @@ class Migration:
         self._failure, self._marking, self._held_event, self._is_ending = "", None, None, False
         self._ended = asyncio.get_running_loop().create_future()
         self.stage = Stage.RUNNING
-        self._runstate.migrating = True
+        self._vm.runstate.migrating = True
         way_back = (RETURN_PATH,) if has_way_back(arguments, self._sockets) else ()
         try:
-            await self._capabilities.override(EVENTS, PAUSE, *way_back)
+            await self._vm.capabilities.override(EVENTS, PAUSE, *way_back)
             await self._track(True)
-            await self._facade.execute("migrate", arguments)
+            await self._vm.facade.execute("migrate", arguments)
         except BaseException:
             await self._end(is_complete=False)  # QEMU may have told of it by an event too
             raise
 
     async def _track(self, on: bool) -> None:
-        await asyncio.gather(*(asyncio.to_thread(device.track_dirty, on) for device in self._devices))
+        await asyncio.gather(*(asyncio.to_thread(device.track_dirty, on) for device in self._vm.devices))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -173,7 +149,7 @@ class Migration:
             return
         if status == PRE_SWITCHOVER and self.stage is Stage.RUNNING:
             self.stage = Stage.PREPARING
-            self._runstate.switching_over = True
+            self._vm.runstate.switching_over = True
             self._spawn(self._prepare())
         elif status in ENDED:
             self._spawn(self._end(is_complete=status == "completed"))
@@ -191,9 +167,9 @@ class Migration:
 
     def _filter(self, event: Event) -> list[Event]:
         """Show clients what they would see of a migration that we have no part in."""
-        if event["event"] not in {"MIGRATION", "MIGRATION_PASS"} or not self._capabilities.overridden:
+        if event["event"] not in {"MIGRATION", "MIGRATION_PASS"} or not self._vm.capabilities.overridden:
             return [event]
-        if not self._capabilities.user(EVENTS):
+        if not self._vm.capabilities.user(EVENTS):
             return []
         status = event["data"].get("status")
         if status == PRE_SWITCHOVER:
@@ -206,7 +182,7 @@ class Migration:
 
     @property
     def _users_pause(self) -> bool:
-        return self._capabilities.user(PAUSE)
+        return self._vm.capabilities.user(PAUSE)
 
     def _on_fd(self, name: str, arguments: Mapping[str, Any], fd: int) -> None:
         """A descriptor is passed to QEMU: whether it is a socket decides about the way back."""
@@ -219,13 +195,15 @@ class Migration:
     async def _prepare(self) -> None:
         """The VM is stopped: bring everything into the state that is saved, and go on unless the user is to say so."""
         try:
-            async with self._runstate.lock:
-                if not await self._runstate.pause_devices():
+            async with self._vm.runstate.lock:
+                if not await self._vm.runstate.pause_devices():
                     return  # cancelled
                 self._check_bus()  # once more: the images are about to go
-                await self._snapshots.before_save()
-                async with self._snapshots.bus_masters():
-                    reports = await asyncio.gather(*(asyncio.to_thread(device.mark_dirty) for device in self._devices))
+                await self._vm.snapshots.before_save()
+                async with self._vm.snapshots.bus_masters():
+                    reports = await asyncio.gather(
+                        *(asyncio.to_thread(device.mark_dirty) for device in self._vm.devices)
+                    )
             self._marking = DirtyReport(
                 sum(report.pages for report in reports),
                 sum(report.bytes for report in reports),
@@ -237,7 +215,7 @@ class Migration:
             if not self._users_pause:
                 await self._go_on()
             elif self._held_event is not None:
-                self._facade.emit(self._held_event)
+                self._vm.facade.emit(self._held_event)
         except QemuGone:
             log.debug("QEMU ended in the switch-over")
         except (SnapshotError, ReplayError, DmaError, BackendError, BusError, QmpError) as error:
@@ -248,8 +226,8 @@ class Migration:
 
     async def _go_on(self) -> None:
         """Hand the images over and let QEMU send the rest. Raises QmpError, BackendError."""
-        if await self._images.release(lambda: self.stage is Stage.READY):
-            await self._facade.execute("migrate-continue", {"state": PRE_SWITCHOVER})
+        if await self._vm.images.release(lambda: self.stage is Stage.READY):
+            await self._vm.facade.execute("migrate-continue", {"state": PRE_SWITCHOVER})
             if self.stage is Stage.READY:
                 self.stage = Stage.SWITCHED
 
@@ -260,7 +238,7 @@ class Migration:
         self._failure = reason
         log.error("migrate: %s", reason)
         try:
-            await self._facade.execute("migrate_cancel")
+            await self._vm.facade.execute("migrate_cancel")
         except (QmpError, QemuGone) as error:
             log.debug("there was nothing to cancel any more: %s", error)
 
@@ -280,15 +258,15 @@ class Migration:
         self.stage = Stage.ENDING
         try:
             await self._track(False)
-            await self._capabilities.restore()
+            await self._vm.capabilities.restore()
             if not is_complete:
-                await self._images.take()
+                await self._vm.images.take()
         except (BackendError, QmpError) as error:
             log.error("%s", error)
         except QemuGone:
             log.debug("QEMU ended with the migration")
         finally:
-            self._runstate.migrating = self._runstate.switching_over = False
+            self._vm.runstate.migrating = self._vm.runstate.switching_over = False
             self.stage = Stage.IDLE
             assert self._ended is not None
             self._ended.set_result(None)
@@ -352,7 +330,7 @@ class Migration:
         status = str(answer.get("status", ""))
         if status == PRE_SWITCHOVER and not (self._users_pause and self.stage is Stage.READY):
             shown["status"] = ACTIVE
-        if status == "completed" and self._runstate.autostart is not None:
+        if status == "completed" and self._vm.runstate.autostart is not None:
             shown["status"] = ACTIVE  # arrived, and being brought into its state
         if self._failure and status in _FAILED:
             shown |= {"status": _FAILED[status], "error-desc": self._failure}

@@ -16,9 +16,10 @@ from nvmove.vm.moves.capabilities import EVENTS, Capabilities
 from nvmove.vm.moves.images import Images
 from nvmove.vm.moves.incoming import Incoming
 from nvmove.vm.moves.machinestate import MachineState
+from nvmove.vm.moves.movable import Movable, MovedDevice
 from nvmove.vm.moves.qtest import ReplayError
 from nvmove.vm.moves.runstate import RunState
-from nvmove.vm.moves.snapshot import SavedDevice, Snapshots
+from nvmove.vm.moves.snapshot import Snapshots
 from tests.fake_qemu import FakeQemu, facade_on_fake
 
 
@@ -51,9 +52,9 @@ class Bench:
         self.users.register()
         self.state = MachineState(["nv0"])
         self.io = IoStatus()
-        self.incoming = Incoming(
-            facade, self.runstate, cast(Snapshots, self), [cast(SavedDevice, self)], self.images, self.users, self.state
-        )
+        devices = [cast(MovedDevice, self)]
+        vm = Movable(facade, self.runstate, cast(Snapshots, self), devices, self.images, self.users)
+        self.incoming = Incoming(vm, self.state)
         facade.on_event("RESUME", lambda event: self._start(self.runstate.follow("RESUME")))
         facade.subscribe(self, lambda event: self.seen.append(event.get("data", {}).get("status", event["event"])))
         self.tasks: list[asyncio.Future[object]] = []

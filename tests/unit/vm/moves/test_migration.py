@@ -21,6 +21,7 @@ from nvmove.vm.moves import migration
 from nvmove.vm.moves.capabilities import EVENTS, PAUSE, RETURN_PATH, Capabilities
 from nvmove.vm.moves.images import Images
 from nvmove.vm.moves.migration import Migration, Stage, has_way_back
+from nvmove.vm.moves.movable import Movable, MovedDevice
 from nvmove.vm.moves.runstate import RunState
 from nvmove.vm.moves.snapshot import SnapshotError, Snapshots
 from nvmove.vmstate.dbus_daemon import BusError
@@ -65,9 +66,9 @@ class Bench:
         self.runstate.is_to_run = True
         self.users = Capabilities(facade)
         self.users.register()
-        self.migration = Migration(
-            facade, self.runstate, cast(Snapshots, self), [self], self.images, self.users, self.check_bus
-        )
+        devices = [cast(MovedDevice, self)]
+        vm = Movable(facade, self.runstate, cast(Snapshots, self), devices, self.images, self.users)
+        self.migration = Migration(vm, self.check_bus)
         self.migration.register()
         for name in ("STOP", "RESUME"):
             facade.on_event(name, lambda event: self._follow(event["event"]))
