@@ -4,13 +4,6 @@ Two kinds of thread meet here. The control thread calls `read` and `write`, whic
 touch guest memory. The workers of the engine call `run`, which fetches and executes; completions come from them or from
 the back ends. Everything in flight is counted, and what must not overtake it (disable, reset, a queue's deletion) waits
 for the count as a callback, never as a thread.
-
-What a write of CC does (Base 3.1.3.5, 3.5, 3.6, 3.7.2):
-
-    EN 0 → 1        check AQA, ASQ, ACQ, MPS, CSS: create the admin queues and set RDY, or set CFS
-    EN 1 → 0        drop all queues at once; RDY falls when nothing is in flight
-    SHN 0 → 1, 2    stop fetching, SHST occurring; nothing in flight: flush the disks; then SHST complete
-    SHN → 0         SHST falls, and commands are fetched again
 """
 
 from __future__ import annotations
@@ -28,8 +21,10 @@ from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.nvme.activity import Activity, Callback, call
 from nvmove.nvme.commands.command import Command
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.doorbells import Doorbells, Place
-from nvmove.nvme.errors import CommandError, StateError
+from nvmove.nvme.doorbell_registers import DoorbellRegisters
+from nvmove.nvme.doorbells import Doorbells
+from nvmove.nvme.enabling import Enabling
+from nvmove.nvme.errors import StateError
 from nvmove.nvme.events import EventQueue
 from nvmove.nvme.features import Features
 from nvmove.nvme.leases import Leases
@@ -41,23 +36,11 @@ from nvmove.nvme.registers import Registers
 from nvmove.nvme.runner import Runner
 from nvmove.nvme.seams import Engine, Interrupts, Memory
 from nvmove.nvme.spec import (
-    CC_EN,
-    CC_IOCQES,
-    CC_IOSQES,
-    CC_SHN,
     CC_WRITABLE,
     CSTS_CFS,
-    CSTS_RDY,
-    CSTS_SHST_COMPLETE,
     CSTS_SHST_OCCURRING,
-    DOORBELL_STRIDE,
-    DOORBELLS,
-    EVENT_INVALID_DOORBELL_REGISTER,
-    EVENT_INVALID_DOORBELL_VALUE,
     PAGE,
     REGISTER_END,
-    STATUS_DNR,
-    STATUS_MORE,
     EventType,
     Log,
     Register,
@@ -68,7 +51,6 @@ from nvmove.nvme.state.saved import ControllerState
 
 log = logging.getLogger(__name__)
 
-ADMIN_VECTOR = 0
 UNLIMITED = 1 << 62
 
 
@@ -117,7 +99,9 @@ class Controller:
         self.log_limit = RateLimit(clock)
         self.doorbells = Doorbells(self)
         self.leases = Leases(self)
-        self._runner = Runner(self)
+        runner, self._enabling, self._doorbell_registers = Runner(self), Enabling(self), DoorbellRegisters(self)
+        self.run, self.step, self.abort_event_request = runner.run, runner.step, runner.abort_event_request
+        self.complete, self.hold, self.park = runner.complete, runner.hold, runner.park
         engine.bind(self.run, self.leases)
 
     # --- what others ask ---------------------------------------------------------------------------------------------
@@ -173,13 +157,13 @@ class Controller:
         after: list[Callback] = []
         with self.lock:
             if offset >= REGISTER_END:
-                self._doorbell(offset, size, value)
+                self._doorbell_registers.write(offset, size, value)
             elif size == 4 and offset == Register.INTMS:
                 self._mask(self.registers.intms | value)
             elif size == 4 and offset == Register.INTMC:
                 self._mask(self.registers.intms & ~value)
             elif size == 4 and offset == Register.CC:
-                after = self._write_cc(value & CC_WRITABLE)
+                after = self._enabling.write_cc(value & CC_WRITABLE)
             elif self.registers.enabled:
                 pass  # the admin queues are fixed while enabled
             elif size == 4 and offset == Register.AQA:
@@ -194,43 +178,7 @@ class Controller:
             self.registers.intms = mask & 0xFFFF_FFFF
             self.drive_pin()
 
-    def _write_cc(self, value: int) -> list[Callback]:
-        registers = self.registers
-        was_enabled, had_shutdown = registers.enabled, registers.shutdown_notification
-        if was_enabled and value & CC_EN:  # else fixed while enabled; entry sizes until they are used (Base 3.1.3.5)
-            has_io_queues = len(self.cqs) + len(self.sqs) > 2
-            free = CC_SHN if has_io_queues else CC_SHN | CC_IOSQES | CC_IOCQES
-            value = registers.cc & ~free | value & free
-        registers.cc = value
-        after: list[Callback] = []
-        if was_enabled and not registers.enabled:
-            after = self._start_reset(self._disabled)
-        elif not was_enabled and registers.enabled:
-            self._enable()
-        if registers.shutdown_notification and not had_shutdown:
-            after += self._start_shutdown()
-        elif had_shutdown and not registers.shutdown_notification:
-            registers.set_shutdown_status(0)
-            self._kick_all()
-        return after
-
-    def _enable(self) -> None:
-        if self.resetting:  # the disable before still waits for what is in flight; it looks at CC.EN when it is done
-            return
-        fault = self.registers.enable_fault()
-        if fault:
-            self.fatal(fault)
-            return
-        sq_size, cq_size = self.registers.admin_sizes
-        self.create_cq(CompletionQueue(0, self.registers.acq, cq_size, ADMIN_VECTOR, irq_enabled=True))
-        try:
-            self.create_sq(SubmissionQueue(0, self.cqs[0], self.registers.asq, sq_size))
-        except OSError as error:
-            self.fatal(f"the admin queue has no worker: {error}")
-            return
-        self.registers.csts |= CSTS_RDY
-
-    def _start_reset(self, done: Callable[[], Callback | None]) -> list[Callback]:
+    def start_reset(self, done: Callable[[], Callback | None]) -> list[Callback]:
         """Drop the queues; `done` runs when nothing is in flight. Until then RDY stays and nothing is fetched."""
         self.epoch += 1
         self.resetting += 1
@@ -252,29 +200,6 @@ class Controller:
             self.on_wait()
         return after
 
-    def _disabled(self) -> None:
-        self.registers.disable()
-        self.features.reset()
-        self.namespaces.reset()
-        if self.registers.enabled:
-            self._enable()
-
-    def _start_shutdown(self) -> list[Callback]:
-        """CC.SHN: the admin queue's worker does the rest, as soon as nothing is in flight."""
-        if not self.registers.ready or self.resetting:
-            self.registers.set_shutdown_status(CSTS_SHST_COMPLETE)
-            return []
-        for sq in self.sqs.values():
-            sq.held.clear()
-        self.registers.set_shutdown_status(CSTS_SHST_OCCURRING)
-
-        def idle() -> None:
-            self.engine.kick(0)
-
-        after = [*self.activity.when_idle(idle), *self.leases.revoke()]
-        self.on_wait()
-        return after
-
     def fatal(self, why: str) -> None:
         """Controller Fatal Status (Base 9.5): the host has to reset the controller."""
         with self.lock:
@@ -283,41 +208,6 @@ class Controller:
             self.registers.csts |= CSTS_CFS
             after = self.leases.revoke()
         call(after)
-
-    def _doorbell(self, offset: int, size: int, value: int) -> None:
-        registers = self.registers
-        if not (registers.enabled and registers.ready) or self.resetting or registers.failed:
-            return
-        index, rest = divmod(offset - DOORBELLS, DOORBELL_STRIDE)
-        qid, is_cq = divmod(index, 2)
-        queue = (self.cqs if is_cq else self.sqs).get(qid)
-        self.doorbells.writes += 1
-        if rest or size != DOORBELL_STRIDE or queue is None:
-            self._doorbell_error(EVENT_INVALID_DOORBELL_REGISTER)
-        elif self.doorbells.source(qid, bool(is_cq)).place is not Place.MESSAGE:
-            self._rung_in_memory(queue, qid, bool(is_cq), value)
-        elif isinstance(queue, SubmissionQueue):
-            if not queue.set_tail(value):
-                self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
-            elif queue.borrower is None:
-                self.doorbells.hear(queue)
-                self.engine.kick(qid)
-        else:
-            was_full = queue.borrower is None and not queue.free
-            if not queue.set_head(value):
-                self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
-                return
-            if queue.borrower is None:
-                self.doorbells.hear(queue)
-            self.head_moved(queue, was_full)
-
-    def _rung_in_memory(self, queue: SubmissionQueue | CompletionQueue, qid: int, is_cq: bool, value: int) -> None:
-        """A doorbell register whose value is in memory, or can be: the queue's workers look there."""
-        if value >= queue.size:
-            self._doorbell_error(EVENT_INVALID_DOORBELL_VALUE)
-            return
-        self.doorbells.written(qid, is_cq, value)
-        self.woken(queue)
 
     def woken(self, queue: SubmissionQueue | CompletionQueue) -> None:
         """The queue's doorbell has changed in memory. With the lock held."""
@@ -333,9 +223,6 @@ class Controller:
         if was_full:
             for sqid in cq.sqs:
                 self.engine.kick(sqid)
-
-    def _doorbell_error(self, info: int) -> None:
-        self.raise_event(EventType.ERROR, info, Log.ERROR_INFORMATION)
 
     # --- queues, by the guest's commands and by load alike -----------------------------------------------------------
 
@@ -389,30 +276,6 @@ class Controller:
 
     # --- commands and events -----------------------------------------------------------------------------------------
 
-    def run(self, sqid: int) -> None:
-        """Run submission queue `sqid` until it is empty, its completion queue is full, or the controller stops."""
-        self._runner.run(sqid)
-
-    def step(self, sqid: int, count: int) -> None:
-        """Run at most `count` commands of submission queue `sqid`."""
-        self._runner.step(sqid, count)
-
-    def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
-        """Post `command`'s completion; `Command.complete` says the rest."""
-        self._runner.complete(command, status, result, dnr=dnr, more=more)
-
-    def command_failed(self, command: Command, error: CommandError) -> None:
-        """A handler raised `error`: the Error Information log says where in the command it lies."""
-        with self.lock:
-            if command.stale:
-                return
-            status = error.status | STATUS_DNR * error.dnr | STATUS_MORE
-            self.logs.errors.add(command, status, location=error.location, lba=error.lba)
-
-    def hold(self, command: Command, announce: Callback) -> None:
-        """Keep `command` to be tried again; `Runner.hold` says the rest."""
-        self._runner.hold(command, announce)
-
     def abort_held(self, sq: SubmissionQueue, cid: int) -> bool:
         """Let the held command `cid` of `sq` complete as aborted; return whether there was one."""
         with self.lock:
@@ -420,14 +283,6 @@ class Controller:
             if found:
                 self.engine.kick(sq.sqid)
             return found
-
-    def park(self, command: Command) -> None:
-        """Let an Asynchronous Event Request wait: it holds no permit and is not in flight any more."""
-        self._runner.park(command)
-
-    def abort_event_request(self, cid: int) -> bool:
-        """Complete the outstanding Asynchronous Event Request `cid` as aborted; return whether there was one."""
-        return self._runner.abort_event_request(cid)
 
     def raise_event(self, kind: EventType, info: int, page: Log) -> None:
         """Queue an asynchronous event; the admin queue's worker delivers it. From any thread."""
@@ -470,7 +325,7 @@ class Controller:
                 return done
 
             self.registers.cc = 0
-            after = self._start_reset(finished)
+            after = self.start_reset(finished)
         call(after)
 
     def pause(self, timeout: float | None = None) -> bool:
@@ -494,16 +349,17 @@ class Controller:
             for sq in self.sqs.values():
                 sq.held.let_go()
             if not self.paused:
-                self._kick_all()
+                self.kick_all()
                 return
             self.paused = False
             self.drive_pin()
             for cq in self.cqs.values():
                 if not cq.is_empty:
                     self.notify(cq)
-            self._kick_all()
+            self.kick_all()
 
-    def _kick_all(self) -> None:
+    def kick_all(self) -> None:
+        """Let every submission queue's worker look. With the lock held."""
         for sqid in self.sqs:
             self.engine.kick(sqid)
 
@@ -523,7 +379,7 @@ class Controller:
         with self.lock:
             self._require_idle("load")
             saving.check(self, state)
-            call(self._start_reset(lambda: None))
+            call(self.start_reset(lambda: None))
             try:
                 saving.load(self, state)
             except OSError as error:

@@ -51,9 +51,6 @@ class Controller(commands.Controller, Protocol):
     def notify(self, cq: CompletionQueue) -> None:
         """Tell the host of completions. With the lock held."""
 
-    def command_failed(self, command: Command, error: CommandError) -> None:
-        """A command was wrong: for the error log."""
-
 
 class Runner:
     """Runs the submission queues of one controller."""
@@ -169,12 +166,20 @@ class Runner:
             else:
                 io.execute(self._controller, command)
         except CommandError as error:
-            self._controller.command_failed(command, error)
+            self._log_error(command, error)
             command.complete(error.status, dnr=error.dnr, more=True)
         except Exception:
             if self._controller.log_limit.allows():
                 log.exception("%r failed inside nvmove", command)
             command.complete(Status.INTERNAL_ERROR, dnr=False)
+
+    def _log_error(self, command: Command, error: CommandError) -> None:
+        """A handler raised `error`: the Error Information log says where in the command it lies."""
+        with self._lock:
+            if command.stale:
+                return
+            status = error.status | STATUS_DNR * error.dnr | STATUS_MORE
+            self._controller.logs.errors.add(command, status, location=error.location, lba=error.lba)
 
     def complete(self, command: Command, status: int, result: int, *, dnr: bool, more: bool) -> None:
         """Post `command`'s completion; `Command.complete` says the rest."""

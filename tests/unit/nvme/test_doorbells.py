@@ -374,7 +374,7 @@ def test_a_queue_is_not_deleted_while_its_worker_looks() -> None:
     cid = host.submit(0, Admin.DELETE_SQ, cdw10=1)
     watched = host.controller.doorbells._enter(1)
     assert watched is not None
-    host.controller._runner.run(0)
+    host.controller.run(0)
     assert host.reap(0) == []
     host.controller.doorbells._leave(watched)
     host.drain()

@@ -349,13 +349,16 @@ SAVED_OR_DERIVED = {
             "activity",
             "resetting",
             "paused",
-            "_runner",
             "leases",
             "_deleting",
             "_aborting",
         },
         "only compared": {"epoch"},
         "of this process": {"log_limit", "errors"},
+        "parts without state": {
+            *("_enabling", "_doorbell_registers"),
+            *("run", "step", "complete", "hold", "park", "abort_event_request"),
+        },
     },
     SubmissionQueue: {
         "saved": {"sqid", "cq", "address", "size", "priority", "head", "tail", "aborted", "held"},
