@@ -26,9 +26,10 @@ from typing import Any
 from nvmove.block.backend import Backend
 from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.nvme.activity import Activity, Callback, call
+from nvmove.nvme.cells import Place
 from nvmove.nvme.commands.command import Command
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.doorbells import Doorbells, Place
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.errors import CommandError, StateError
 from nvmove.nvme.events import EventQueue
 from nvmove.nvme.features import Features

@@ -21,11 +21,12 @@ from typing import Protocol
 from nvmove.block.backend import Operation
 from nvmove.block.lend import LendsFile, LentFile
 from nvmove.nvme.activity import Activity, Callback, call
+from nvmove.nvme.cells import CELL, cell_of
 from nvmove.nvme.commands import command as commands
 from nvmove.nvme.commands import failures
 from nvmove.nvme.commands.batch import Failure
 from nvmove.nvme.commands.command import Command
-from nvmove.nvme.doorbells import CELL, Doorbells, cell_of
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.held import HeldCommand
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import (
