@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvmove.vfio import message
+from nvmove.vfio import deviceinfo, message
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.message import Command
 from nvmove.vfio.migration import Migration
+from nvmove.vfio.version import parse_version, version_payload
 from tests.vfio_peer import MovedState, PlainDevice, served
 
 U8, U16, U32, U64 = (st.integers(0, (1 << bits) - 1) for bits in (8, 16, 32, 64))
@@ -131,7 +132,7 @@ def test_hostile_messages_end_in_an_error_or_a_closed_connection(
         with served(device) as sock:
             sock.settimeout(10)
             if negotiated:
-                sock.sendall(message.command(0, Command.VERSION, message.version_payload(True)))
+                sock.sendall(message.command(0, Command.VERSION, version_payload(True)))
             try:
                 for header, payload, count in messages:
                     socket.send_fds(sock, [encode(header, payload)], [fd] * count)
@@ -175,12 +176,12 @@ def test_a_header_is_parsed_or_refused(data: bytes) -> None:
 @pytest.mark.parametrize(
     "parse",
     [
-        message.parse_version,
+        parse_version,
         message.parse_dma_map,
         message.parse_dma_unmap,
-        message.parse_device_info,
-        message.parse_region_info,
-        message.parse_indexed_info,
+        deviceinfo.parse_device_info,
+        deviceinfo.parse_region_info,
+        deviceinfo.parse_indexed_info,
         message.parse_irq_set,
         message.parse_region_read,
         message.parse_region_write,

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nvmove.nvme.seams import Segment
+from nvmove.vfio.borrowed import MemoryTransfer
 from nvmove.vfio.dirty import PAGE
-from nvmove.vfio.memory import GuestMemory, MemoryTransfer
+from nvmove.vfio.memory import GuestMemory
 from tests.precopy import PreCopy
 
 PAGES = 12

@@ -46,7 +46,7 @@ from nvmove.nvme.spec import (
     Register,
     Status,
 )
-from nvmove.nvme.state import saving
+from nvmove.nvme.state import checks, saving
 from nvmove.nvme.state.saved import ControllerState
 
 log = logging.getLogger(__name__)
@@ -378,7 +378,7 @@ class Controller:
         """
         with self.lock:
             self._require_idle("load")
-            saving.check(self, state)
+            checks.check(self, state)
             call(self.start_reset(lambda: None))
             try:
                 saving.load(self, state)

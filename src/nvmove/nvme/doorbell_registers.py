@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from nvmove.nvme import core
-from nvmove.nvme.doorbells import Doorbells, Place
+from nvmove.nvme.cells import Place
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.spec import (
     DOORBELL_STRIDE,

@@ -1,7 +1,6 @@
 """Where doorbell values come from, and how the host is told when it must ring.
 
-A doorbell register is a cell of 32 bits: submission queue y's tail is cell 2y, completion queue y's head cell 2y + 1
-(PCIe 3.1.2). Its value reaches the controller on one of three ways (`Place`):
+A doorbell's value reaches the controller on one of three ways (`nvmove.nvme.cells.Place`):
 
     MESSAGE   every write of the register comes to `Controller.write`, and goes into the ring at once
     PAGE      `x-doorbells=mapped`: the client has mapped the registers and writes them unseen. Workers look there as
@@ -23,54 +22,18 @@ later the shadow may have come round to the value that says "not used yet".
 from __future__ import annotations
 
 import ctypes
-import enum
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from nvmove.nvme import core
 from nvmove.nvme.activity import Activity, call
+from nvmove.nvme.cells import CELL, MESSAGE, Place, Ring, Source, cell_of, position
 from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError
 from nvmove.nvme.spec import EVENT_INVALID_DOORBELL_VALUE, EventType, Log, Status
 from nvmove.nvme.state.saved import DoorbellsState, LateState
-
-CELL = 4
-"""Bytes of a doorbell, a shadow doorbell and an EventIdx: CAP.DSTRD is 0."""
-
-Ring = SubmissionQueue | CompletionQueue
-
-
-class Place(enum.Enum):
-    """Where a queue's doorbell is."""
-
-    MESSAGE = "message"
-    PAGE = "page"
-    GUEST = "guest"
-
-
-class Source(NamedTuple):
-    """A queue's doorbell, and where who goes to sleep says how far it has looked, before it looks once more.
-
-    GUEST: guest addresses of the cell and of its EventIdx. PAGE: addresses in this process, the second one for `scan`.
-    """
-
-    place: Place
-    address: int = 0
-    event: int = 0
-
-
-MESSAGE = Source(Place.MESSAGE)
-
-
-def cell_of(ring: Ring) -> int:
-    """Return the index of a queue's doorbell."""
-    return 2 * ring.sqid if isinstance(ring, SubmissionQueue) else 2 * ring.cqid + 1
-
-
-def _position(ring: Ring) -> int:
-    return ring.tail if isinstance(ring, SubmissionQueue) else ring.head
 
 
 class _Watch(NamedTuple):
@@ -177,7 +140,7 @@ class Doorbells:
             for ring in [ring for ring in self._rings() if cell_of(ring) < self.cells]:
                 self._update(ring, self.dbs)
         with self._lock:
-            values = {cell_of(ring): _position(ring) for ring in self._rings()}
+            values = {cell_of(ring): position(ring) for ring in self._rings()}
         image = b"".join(values.get(cell, 0).to_bytes(CELL, "little") for cell in range(self.cells))
         self._store(image, dbs, eis)
         with self._lock:
@@ -303,9 +266,7 @@ class Doorbells:
             return
         try:
             for ring in watch.rings:
-                self._controller.memory.write(
-                    watch.eis + CELL * cell_of(ring), _position(ring).to_bytes(CELL, "little")
-                )
+                self._controller.memory.write(watch.eis + CELL * cell_of(ring), position(ring).to_bytes(CELL, "little"))
         except DmaError:
             self._lost(watch, "EventIdx buffer is")
         finally:
@@ -347,10 +308,10 @@ class Doorbells:
     def _update(self, ring: Ring, dbs: int) -> None:
         cell = cell_of(ring)
         while True:
-            before = _position(ring)
+            before = position(ring)
             value = self._read(cell, dbs)
             with self._lock:
-                if _position(ring) == before:  # another worker may have read a newer value of a shared head
+                if position(ring) == before:  # another worker may have read a newer value of a shared head
                     self._take(cell, ring, value)
                     return
 
@@ -371,7 +332,7 @@ class Doorbells:
         elif not self.enabled or self.late.get(cell) == value:
             return
         self.late.pop(cell, None)
-        if value == _position(ring):
+        if value == position(ring):
             return
         was_full = isinstance(ring, CompletionQueue) and ring.free <= 0
         if not (ring.set_tail(value) if isinstance(ring, SubmissionQueue) else ring.set_head(value)):
@@ -404,4 +365,4 @@ class Doorbells:
         self.heard = set(self.late)
         if self.page is not None:
             for ring in self._rings():
-                self.page[cell_of(ring)] = self._seen[cell_of(ring)] = _position(ring)
+                self.page[cell_of(ring)] = self._seen[cell_of(ring)] = position(ring)

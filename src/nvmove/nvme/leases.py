@@ -19,28 +19,18 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Protocol
 
 from nvmove.block.backend import Operation
-from nvmove.block.lend import LendsFile, LentFile
+from nvmove.block.lend import LendsFile
 from nvmove.nvme.activity import Activity, Callback, call
+from nvmove.nvme.cells import cell_of
 from nvmove.nvme.commands import command as commands
 from nvmove.nvme.commands import failures
 from nvmove.nvme.commands.batch import Failure
 from nvmove.nvme.commands.command import Command
-from nvmove.nvme.doorbells import CELL, Doorbells, cell_of
+from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.held import HeldCommand
+from nvmove.nvme.lease import Lease, Refused
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
-from nvmove.nvme.seams import (
-    WRITTEN_PAGE,
-    Borrower,
-    Counts,
-    LeaseTerms,
-    Lending,
-    LendsInterrupts,
-    LendsMemory,
-    LentDisk,
-    LentDoorbell,
-    LentInterrupt,
-    LentMemory,
-)
+from nvmove.nvme.seams import Borrower, LeaseTerms, Lending
 from nvmove.nvme.spec import Nvm, Status
 
 _OPERATIONS = {
@@ -53,8 +43,6 @@ _OPERATIONS = {
 
 _SOON = 0.002
 """Seconds for loops to stop where they are; after that their threads give back what they have."""
-_NONE_COUNTED = ((0, 0),) * len(Operation)
-
 
 log = logging.getLogger(__name__)
 
@@ -77,46 +65,13 @@ class Controller(commands.Controller, Protocol):
         """Tell the host of completions. With the lock held."""
 
 
-class _Refused(Exception):
-    """Something about the queue pair is not plain."""
-
-
-class _Lease:
-    """What is lent: a queue pair, and all that its borrower may touch."""
-
-    def __init__(self, sq: SubmissionQueue, borrower: Borrower) -> None:
-        self.sq = sq
-        self.borrower = borrower
-        self.permits = 0
-        self.first = 0
-        """Commands that the queue had fetched before."""
-        self.fetched = 0
-        """What the queue knows of the borrower's fetched commands."""
-        self.counted: Counts = {}
-        """What SMART and the namespaces' counters know of the borrower's counts."""
-        self.doorbells = 0
-        """And what is known of the doorbells that it was told."""
-        self.memory: LentMemory | None = None
-        self.interrupt: LentInterrupt | None = None
-        self.files: list[LentFile] = []
-        self.marked = threading.Event()
-        """What was given to the memory to be marked is."""
-
-    def release(self) -> None:
-        """Give all of it back but the queue pair; what waits for it may go on at once, so not with the lock held."""
-        for lent in (*self.files, self.interrupt, self.memory):
-            if lent is not None:
-                lent.release()
-        self.files, self.interrupt, self.memory = [], None, None
-
-
 class Leases:
     """The leases of one controller, as `nvmove.nvme.seams.Lender`."""
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
         self._lock = controller.lock
-        self._live: dict[Borrower, _Lease] = {}
+        self._live: dict[Borrower, Lease] = {}
         self._barred = 0
         self._ended = threading.Condition(controller.lock)
 
@@ -129,11 +84,11 @@ class Leases:
             sq = self._controller.sqs.get(sqid)
             if sq is None or not self._is_plain(sq):
                 return result
-            lease = _Lease(sq, borrower)
+            lease = Lease(sq, borrower)
             unless_lent.callback(lease.release)  # whatever goes wrong, and without the lock
             borrower.prepare()
             try:
-                terms = self._terms(lease)
+                terms = lease.borrow(self._controller)
                 if not sq.in_flight:
                     self._begin(lease, terms)
                     unless_lent.pop_all()
@@ -141,7 +96,7 @@ class Leases:
                 if any(disk.export for disk in terms.disks.values()):  # requests there never end all at once
                     result = Lending.SOON
                     sq.on_idle = functools.partial(self._controller.engine.kick, sqid)
-            except _Refused:
+            except Refused:
                 pass
             except (OSError, MemoryError) as error:  # descriptors or memory ran out: Python wants none for a command
                 if self._controller.log_limit.allows():
@@ -179,7 +134,7 @@ class Leases:
             for command in commands:
                 command.complete()
 
-    def _take_over(self, lease: _Lease, commands: list[tuple[int, bytes]]) -> list[Command]:
+    def _take_over(self, lease: Lease, commands: list[tuple[int, bytes]]) -> list[Command]:
         """Return commands that have done all but complete; they are in flight, in the slots that the lease had.
 
         Those from before a reset too: the guest must not have its memory again while messages are under way to it.
@@ -207,88 +162,17 @@ class Leases:
             and (self._controller.interrupts.msix_enabled or not cq.irq_enabled)
         )
 
-    def _terms(self, lease: _Lease) -> LeaseTerms:
-        """Borrow what the lease needs; raises _Refused."""
-        controller, sq, cq, revoke = self._controller, lease.sq, lease.sq.cq, lease.borrower.revoke
-        if not isinstance(controller.memory, LendsMemory):
-            raise _Refused
-        lease.memory = controller.memory.lend(revoke)
-        if lease.memory is None:
-            raise _Refused
-        disks: dict[int, LentDisk] = {}
-        for namespace in controller.namespaces.active:
-            if namespace.formatting or not isinstance(namespace.backend, LendsFile):
-                raise _Refused
-            file = namespace.backend.lend(revoke)
-            if file is None:
-                raise _Refused
-            lease.files.append(file)
-            if namespace.block_size % file.alignment:  # a write of less than the disk's block is the back end's
-                raise _Refused
-            disks[namespace.nsid] = LentDisk(
-                file.fd,
-                namespace.blocks,
-                namespace.block_shift,
-                file.writable and not namespace.read_only,
-                file.zeroes,
-                file.alignment,
-                file.syncs,
-                file.durable,
-                file.space,
-                file.export,
-            )
-        if cq.irq_enabled:
-            if not isinstance(controller.interrupts, LendsInterrupts):
-                raise _Refused
-            lease.interrupt = controller.interrupts.lend(cq.vector, functools.partial(_unroute, lease.borrower))
-            if lease.interrupt is None:
-                raise _Refused
-        return LeaseTerms(
-            sqid=sq.sqid,
-            sq_address=sq.address,
-            sq_size=sq.size,
-            sq_head=sq.head,
-            sq_tail=sq.tail,
-            cqid=cq.cqid,
-            cq_address=cq.address,
-            cq_size=cq.size,
-            cq_head=cq.head,
-            cq_tail=cq.tail,
-            cq_phase=cq.phase,
-            interrupt=lease.interrupt.fd if lease.interrupt is not None else None,
-            page_size=controller.page_size,
-            max_transfer=controller.max_transfer,
-            durable=not controller.features.volatile_write_cache,
-            memory=lease.memory.regions,
-            disks=disks,
-            tail=self._doorbell(sq, lease.memory),
-            head=self._doorbell(cq, lease.memory),
-            marks=lease.memory.marks,
-        )
-
-    def _doorbell(self, ring: SubmissionQueue | CompletionQueue, memory: LentMemory) -> LentDoorbell | None:
-        """Return where a doorbell is that the host writes in memory; raises _Refused: it is in none that is lent."""
-        doorbells = self._controller.doorbells
-        cell = cell_of(ring)
-        if doorbells.page is not None:
-            return LentDoorbell(*doorbells.cells_of(ring), untouched=None, always=True)
-        if not doorbells.enabled or cell >= doorbells.cells:
-            return None
-        shadow, _ = _cell(memory, doorbells.dbs + CELL * cell)
-        event, written = _cell(memory, doorbells.eis + CELL * cell)
-        return LentDoorbell(shadow, event, doorbells.late.get(cell), isinstance(ring, SubmissionQueue), written)
-
-    def _begin(self, lease: _Lease, terms: LeaseTerms) -> None:
+    def _begin(self, lease: Lease, terms: LeaseTerms) -> None:
         sq, cq = lease.sq, lease.sq.cq
         if not lease.borrower.lend(terms):
-            raise _Refused
+            raise Refused
         lease.first = sq.fetched
         lease.permits = cq.reserve(cq.size)
         sq.borrower = cq.borrower = lease.borrower
         self._controller.activity.enter(sq)
         self._live[lease.borrower] = lease
 
-    def _end(self, lease: _Lease) -> Callback:
+    def _end(self, lease: Lease) -> Callback:
         """Take the queue pair's positions back; return what the caller must call when it has released the lock."""
         controller, sq, cq = self._controller, lease.sq, lease.sq.cq
         del self._live[lease.borrower]
@@ -315,7 +199,7 @@ class Leases:
 
         return release
 
-    def _keep_failed(self, lease: _Lease) -> list[Callback]:
+    def _keep_failed(self, lease: Lease) -> list[Callback]:
         """Have what the disk failed tried again by Python, first of all; return what ends commands that cannot be."""
         controller, sq = self._controller, lease.sq
         lost: list[tuple[int, bytes, Callable[[Command], None]]] = []
@@ -333,13 +217,13 @@ class Leases:
         controller.activity.enter(sq, count)
         return [functools.partial(end, Command(controller, sq, sqe, order)) for order, sqe, end in lost[:count]]
 
-    def _copy(self, lease: _Lease) -> None:
+    def _copy(self, lease: Lease) -> None:
         """Bring positions and counters up to date here."""
         sq, cq = lease.sq, lease.sq.cq
         fetched = sq.fetched - lease.fetched
         sq.head, sq.tail, cq.head, cq.tail, cq.phase, lease.fetched = lease.borrower.positions()
         sq.fetched = fetched + lease.fetched
-        self._count(lease)
+        lease.count(self._controller)
         is_tail_late, is_head_late = lease.borrower.late
         for cell, is_late in ((cell_of(sq), is_tail_late), (cell_of(cq), is_head_late)):
             if not is_late:
@@ -347,30 +231,6 @@ class Leases:
         spare = cq.free  # all slots stay given out, whatever the host consumed
         cq.reserve(spare)
         lease.permits += spare
-
-    def _count(self, lease: _Lease) -> None:
-        smart, counts = self._controller.logs.smart, lease.borrower.counts()
-        for nsid, now in counts.items():
-            before = lease.counted.get(nsid, _NONE_COUNTED)
-            if now == before:
-                continue
-            namespace = self._controller.namespaces.get(nsid)
-            assert namespace is not None  # which namespaces there are does not change
-            for operation, new, old in zip(Operation, now, before, strict=True):
-                if new == old:
-                    continue
-                requests, length = new[0] - old[0], new[1] - old[1]
-                namespace.counters.add(operation, requests, length)
-                if operation is Operation.READ:
-                    smart.read_commands += requests
-                    smart.bytes_read += length
-                elif operation is Operation.WRITE:
-                    smart.write_commands += requests
-                    smart.bytes_written += length
-        lease.counted = counts
-        doorbells = lease.borrower.doorbells
-        self._controller.doorbells.writes += doorbells - lease.doorbells
-        lease.doorbells = doorbells
 
     # --- the controller's side, with the lock held -------------------------------------------------------------------
 
@@ -430,10 +290,10 @@ class Leases:
             after = [self._end(lease) for lease in working if self._is_live(lease) and lease.borrower.take()]
         call(after)
 
-    def _wanted(self, queues: Collection[SubmissionQueue]) -> list[_Lease]:
+    def _wanted(self, queues: Collection[SubmissionQueue]) -> list[Lease]:
         return [lease for lease in self._live.values() if not queues or lease.sq in queues]
 
-    def _is_live(self, lease: _Lease) -> bool:
+    def _is_live(self, lease: Lease) -> bool:
         return self._live.get(lease.borrower) is lease
 
     def bar(self, *queues: SubmissionQueue, timeout: float | None = None) -> bool:
@@ -475,19 +335,3 @@ def _fail(code: int, command: Command) -> None:
     lba = 0 if operation is Operation.FLUSH else command.cdw11 << 32 | command.cdw10
     failure = Failure(operation, code, lba << namespace.block_shift, namespace.backend)
     failures.backend_failed(command.controller, command, failure)
-
-
-def _cell(memory: LentMemory, address: int) -> tuple[memoryview, memoryview | None]:
-    """Return the view of a doorbell's cell in guest memory, and of its page's `written`; raises _Refused."""
-    for region in memory.regions:
-        if region.start <= address < region.start + len(region.view) and region.readable and region.writable:
-            page = address // WRITTEN_PAGE - region.start // WRITTEN_PAGE
-            written = None if region.written is None else region.written[page : page + 1]
-            return region.view[address - region.start :][:CELL], written
-    raise _Refused
-
-
-def _unroute(borrower: Borrower) -> None:
-    """The way of the interrupt changes: none is sent the old way from here on."""
-    borrower.mute()
-    borrower.revoke()

@@ -2,6 +2,8 @@
 
 "Base" is NVM Express Base Specification 2.0, "NVM" the NVM Command Set Specification 1.0, "PCIe" the NVMe over PCIe
 Transport Specification 1.0. All fields are little-endian; all sizes are bytes unless said otherwise.
+
+It is long because it is one table of numbers: each is here, and nobody has to ask where.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from nvmove.vfio import message
+from nvmove.vfio import deviceinfo, message
 from nvmove.vfio.device import CONFIG_REGION
 from nvmove.vfio.message import Command, DmaMap, DmaUnmap, Header, IrqSet, RegionAccess
+from nvmove.vfio.version import Version, parse_version, version_payload
 
 
 class ClientError(OSError):
@@ -144,9 +145,9 @@ class VfioUserClient:
 
     # Commands.
 
-    def negotiate(self) -> message.Version:
+    def negotiate(self) -> Version:
         """Propose our version and capabilities; return the server's."""
-        return message.parse_version(memoryview(self.call(Command.VERSION, message.version_payload(True, True))))
+        return parse_version(memoryview(self.call(Command.VERSION, version_payload(True, True))))
 
     def map_ram(self, address: int, size: int, shared: bool = True, writable: bool = True) -> GuestRam:
         """Give the guest memory; not `shared`, the server reaches it by message only."""
@@ -166,12 +167,12 @@ class VfioUserClient:
 
     def region_size(self, region: int) -> int:
         """Return a region's size, 0 when it is absent."""
-        return self._region_info(region, message.REGION_INFO_SIZE).size
+        return self._region_info(region, deviceinfo.REGION_INFO_SIZE).size
 
     def map_region(self, region: int) -> tuple[int, memoryview] | None:
         """Map what the server offers of a region: return its offset in the region and the memory, None without any."""
-        first = self._region_info(region, message.REGION_INFO_SIZE)
-        if first.argsz <= message.REGION_INFO_SIZE:
+        first = self._region_info(region, deviceinfo.REGION_INFO_SIZE)
+        if first.argsz <= deviceinfo.REGION_INFO_SIZE:
             return None
         whole = self._region_info(region, first.argsz)
         with self._lock:
@@ -185,14 +186,14 @@ class VfioUserClient:
             for fd in fds:
                 os.close(fd)
 
-    def _region_info(self, region: int, argsz: int) -> message.RegionReply:
-        reply = self.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(region, argsz=argsz))
-        return message.parse_region_info(memoryview(reply))
+    def _region_info(self, region: int, argsz: int) -> deviceinfo.RegionReply:
+        reply = self.call(Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(region, argsz=argsz))
+        return deviceinfo.parse_region_info(memoryview(reply))
 
     def irq_count(self, index: int) -> int:
         """Return how many interrupts an index has."""
-        reply = self.call(Command.DEVICE_GET_IRQ_INFO, message.indexed_info_payload(index))
-        return message.parse_indexed_info(memoryview(reply))[2]
+        reply = self.call(Command.DEVICE_GET_IRQ_INFO, deviceinfo.indexed_info_payload(index))
+        return deviceinfo.parse_indexed_info(memoryview(reply))[2]
 
     def read(self, region: int, offset: int, count: int) -> bytes:
         """Read a region."""

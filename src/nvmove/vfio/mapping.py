@@ -1,13 +1,14 @@
-"""A run of guest memory, and the way to it."""
+"""Guest memory's map: runs of memory, and the way to each."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
-from nvmove.nvme.seams import Segment
+from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio.writing import Unmap
 
 
@@ -29,6 +30,52 @@ class Region:
         """What remains of this region when a piece of it is unmapped: a new one on the same mmap."""
         view = None if self.view is None else self.view[start - self.start : end - self.start]
         return Region(start, end, view, self.readable, self.writable)
+
+
+class RegionMap:
+    """The regions of one guest memory, by address; none overlap. Everything wants that memory's lock."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._regions: list[Region] = []
+        self._last: Region | None = None  # the region found last: nearly always the next one too
+
+    def __iter__(self) -> Iterator[Region]:
+        return iter(self._regions)
+
+    def find(self, address: int) -> Region:
+        """Return the region that has `address`; raise DmaError."""
+        region = self._last
+        if region is not None and region.start <= address < region.end:
+            return region
+        index = bisect_right(self._starts, address) - 1
+        if index < 0 or address >= self._regions[index].end:
+            raise DmaError(f"guest address {address:#x} is not mapped")
+        self._last = region = self._regions[index]
+        return region
+
+    def overlapping(self, start: int, end: int) -> list[Region]:
+        """Return the regions that have some of the memory between two addresses, in order."""
+        first = bisect_right(self._starts, start) - 1
+        if first < 0 or self._regions[first].end <= start:
+            first += 1
+        last = first
+        while last < len(self._regions) and self._regions[last].start < end:
+            last += 1
+        return self._regions[first:last]
+
+    def insert(self, region: Region) -> None:
+        """Add a region where there is none."""
+        index = bisect_right(self._starts, region.start)
+        self._starts.insert(index, region.start)
+        self._regions.insert(index, region)
+
+    def remove(self, region: Region) -> None:
+        """Take a region out."""
+        index = bisect_right(self._starts, region.start) - 1
+        del self._starts[index]
+        del self._regions[index]
+        self._last = None
 
 
 def merged(segments: Sequence[Segment]) -> list[tuple[int, int]]:

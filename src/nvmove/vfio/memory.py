@@ -1,8 +1,9 @@
 """Guest memory: what the client mapped with VFIO_USER_DMA_MAP, as `nvmove.nvme.seams.Memory`.
 
-Regions with a file descriptor are mmaps, read and written in place. Regions without one go through the client by
-message, with bounce buffers. A transfer holds its mapped regions until it is finished: an unmap that meets one in use
-takes the region away from new transfers at once and reports itself done when the last old one is.
+Regions (vfio/mapping.py) with a file descriptor are mmaps, read and written in place. Regions without one go through
+the client by message, with bounce buffers. A transfer or a loan (vfio/borrowed.py) holds its mapped regions until it
+has ended: an unmap that meets one in use takes the region away from new ones at once, and reports itself done when the
+last old one has ended.
 
 What a transfer writes through a mapping is marked dirty at its end, while somebody wants to know (vfio/dirty.py).
 
@@ -20,77 +21,16 @@ import logging
 import os
 import threading
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 
-from nvmove.nvme.seams import DmaError, LentRegion, Segment
+from nvmove.nvme.seams import DmaError, Segment
+from nvmove.vfio.borrowed import MemoryLoan, MemoryTransfer, Run, marking_copy
 from nvmove.vfio.device import Client
-from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, span, split
-from nvmove.vfio.mapping import Region, map_shared, merged
+from nvmove.vfio.dirty import PAGE, DirtyReport, DirtyTracking, runs, split
+from nvmove.vfio.mapping import Region, RegionMap, map_shared, merged
 from nvmove.vfio.writing import Unmap, Writing, Writings
 
 log = logging.getLogger(__name__)
-
-Run = tuple[int, memoryview]
-"""A guest address and what is there: a view into a mapping, or a copy."""
-
-
-class MemoryTransfer:
-    """A `Transfer`: views into the mmaps, bounce buffers where there are none."""
-
-    __slots__ = ("_bounces", "_memory", "_regions", "_writing", "_written", "buffers")
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self.buffers: Sequence[memoryview] = ()
-        self._memory = memory
-        self._regions: list[Region] = []
-        self._bounces: list[Run] = []
-        self._written: list[Run] = []
-        self._writing: Writing | None = None
-        """The bounces that go to the guest."""
-
-    def finish(self, commit: bool = True) -> None:
-        """Give the memory back; see `Transfer.finish`."""
-        self._memory._finish(self, commit)
-
-
-class MemoryLoan:
-    """All mapped memory, lent to somebody who reads and writes it himself; `nvmove.nvme.seams.LentMemory`."""
-
-    def __init__(self, memory: GuestMemory, regions: list[Region], revoke: Callable[[], None]) -> None:
-        dirty = memory.dirty
-        self.regions: Sequence[LentRegion] = [
-            LentRegion(
-                region.start,
-                region.view,
-                region.readable,
-                region.writable,
-                dirty.lend(region, region.start, region.end) if region.writable else None,
-            )
-            for region in regions
-            if region.view is not None
-        ]
-        self.marks = dirty.marking
-        self.held = regions
-        self.revoke = revoke
-        self._memory = memory
-
-    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
-        """Write again by message what was written; see `LentMemory.mark`."""
-        marks = [copy for address, length in runs for copy in self._copies(address, address + length)]
-        self._memory._mark_soon(self._memory._to_mark(marks, self.held), marks, runs, done)
-
-    def _copies(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """Copy what must be written again: of the memory that was lent, wherever the map may be by now."""
-        for region in self.held:
-            first, last = max(start, region.start), min(end, region.end)
-            if region.view is not None and first < last:
-                for part in split(first, last - first):
-                    yield _copy((region.start, region.view), *part)
-
-    def release(self) -> None:
-        """Give it back."""
-        self._memory._take_back(self)
 
 
 class GuestMemory:
@@ -106,11 +46,9 @@ class GuestMemory:
         self._lends = lends
         self.dirty = DirtyTracking()
         self._lock = threading.Lock()
-        self._starts: list[int] = []
-        self._regions: list[Region] = []
+        self._map = RegionMap()
         self._loans: list[MemoryLoan] = []
         self._writings = Writings()
-        self._last: Region | None = None  # the region found last: nearly always the next one too
 
     # The client's side: called on the control thread.
 
@@ -118,14 +56,14 @@ class GuestMemory:
         """Add a region and take `fd` over. Raises OSError: EEXIST on overlap, else what mmap says."""
         try:
             with self._lock:
-                if self._overlapping(address, address + size):
+                if self._map.overlapping(address, address + size):
                     raise OSError(errno.EEXIST, f"guest memory at {address:#x} is mapped already")
             view = None if fd is None else map_shared(fd, size, offset, writable)
         finally:
             if fd is not None:
                 os.close(fd)
         with self._lock:
-            self._insert(Region(address, address + size, view, readable, writable))
+            self._map.insert(Region(address, address + size, view, readable, writable))
 
     def unmap(self, address: int, size: int, done: Callable[[int], None]) -> None:
         """Take away what is mapped in the range, parts of regions included; `done(0)` when no transfer uses it.
@@ -135,7 +73,7 @@ class GuestMemory:
         """
         end = address + size
         with self._lock:
-            regions = self._overlapping(address, end)
+            regions = self._map.overlapping(address, end)
             idle = [region for region in regions if not region.uses]
             busy = sum(region.uses > 0 for region in regions)
             under_way = self._writings.unmap(address, end)
@@ -143,12 +81,12 @@ class GuestMemory:
             for writing in under_way:
                 writing.unmaps.append(unmap)
             for region in regions:
-                self._remove(region)
+                self._map.remove(region)
                 region.unmap = unmap if region.uses else None
                 if region.start < address:
-                    self._insert(region.part(region.start, address))
+                    self._map.insert(region.part(region.start, address))
                 if region.end > end:
-                    self._insert(region.part(end, region.end))
+                    self._map.insert(region.part(end, region.end))
             if busy:
                 self._revoke_loans()
         for region in idle:
@@ -167,34 +105,14 @@ class GuestMemory:
     def ranges(self) -> list[tuple[int, int, str]]:
         """Return (address, size, "mapped" or "by message") of each region, in order: for inspection."""
         with self._lock:
-            return [(r.start, r.end - r.start, "by message" if r.view is None else "mapped") for r in self._regions]
-
-    def _overlapping(self, start: int, end: int) -> list[Region]:
-        first = bisect_right(self._starts, start) - 1
-        if first < 0 or self._regions[first].end <= start:
-            first += 1
-        last = first
-        while last < len(self._regions) and self._regions[last].start < end:
-            last += 1
-        return self._regions[first:last]
-
-    def _insert(self, region: Region) -> None:
-        index = bisect_right(self._starts, region.start)
-        self._starts.insert(index, region.start)
-        self._regions.insert(index, region)
-
-    def _remove(self, region: Region) -> None:
-        index = bisect_right(self._starts, region.start) - 1
-        del self._starts[index]
-        del self._regions[index]
-        self._last = None
+            return [(r.start, r.end - r.start, "by message" if r.view is None else "mapped") for r in self._map]
 
     # The controller's side: called on worker threads.
 
     def read(self, address: int, length: int) -> bytes:
         """Return `length` bytes of guest memory; raise DmaError."""
         with self._lock:
-            region = self._find(address)
+            region = self._map.find(address)
             view = region.view
             if view is not None and region.readable and address + length <= region.end:
                 start = address - region.start
@@ -209,7 +127,7 @@ class GuestMemory:
         """Store `data` into guest memory; raise DmaError. It is there on return."""
         length = len(data)
         with self._lock:
-            region = self._find(address)
+            region = self._map.find(address)
             view = region.view
             if view is not None and region.writable and address + length <= region.end:
                 start = address - region.start
@@ -223,7 +141,7 @@ class GuestMemory:
         for buffer in transfer.buffers:
             buffer[:] = data[done : done + len(buffer)]
             done += len(buffer)
-        self._finish(transfer, commit=True, mark=False)
+        self.finish(transfer, commit=True, mark=False)
 
     def acquire(self, segments: Sequence[Segment], to_guest: bool) -> MemoryTransfer:
         """Take the memory of `segments`, one buffer or more each; neighbours in one region become one buffer."""
@@ -234,15 +152,15 @@ class GuestMemory:
             with self._lock:
                 for address, length in merged(segments):
                     self._take(transfer, buffers, address, length, to_guest)
-                if transfer._bounces and to_guest:
-                    transfer._writing = self._writings.add(transfer._bounces)
-            if transfer._bounces and not to_guest:
+                if transfer.bounces and to_guest:
+                    transfer.writing = self._writings.add(transfer.bounces)
+            if transfer.bounces and not to_guest:
                 client = self._require_client()
-                for address, buffer in transfer._bounces:
+                for address, buffer in transfer.bounces:
                     buffer[:] = client.dma_read(address, len(buffer))
-                transfer._bounces = []  # filled; nothing to write back
+                transfer.bounces = []  # filled; nothing to write back
         except DmaError:
-            self._release(transfer._regions)
+            self._release(transfer.regions)
             raise
         return transfer
 
@@ -254,14 +172,15 @@ class GuestMemory:
         with self._lock:
             if not self._lends or self.dirty.is_for_both:
                 return None
-            held = [region for region in self._regions if region.view is not None]
+            held = [region for region in self._map if region.view is not None]
             for region in held:
                 region.uses += 1
             loan = MemoryLoan(self, held, revoke)
             self._loans.append(loan)
             return loan
 
-    def _take_back(self, loan: MemoryLoan) -> None:
+    def take_back(self, loan: MemoryLoan) -> None:
+        """A loan has ended; see `MemoryLoan.release`."""
         with self._lock:
             self._loans.remove(loan)
         self._release(loan.held)
@@ -270,60 +189,51 @@ class GuestMemory:
         for loan in self._loans:
             loan.revoke()
 
-    def _find(self, address: int) -> Region:
-        region = self._last
-        if region is not None and region.start <= address < region.end:
-            return region
-        index = bisect_right(self._starts, address) - 1
-        if index < 0 or address >= self._regions[index].end:
-            raise DmaError(f"guest address {address:#x} is not mapped")
-        self._last = region = self._regions[index]
-        return region
-
     def _take(
         self, transfer: MemoryTransfer, buffers: list[memoryview], address: int, length: int, to_guest: bool
     ) -> None:
         while length:
-            region = self._find(address)
+            region = self._map.find(address)
             if not (region.writable if to_guest else region.readable):
                 raise DmaError(f"guest address {address:#x} is not {'writable' if to_guest else 'readable'}")
             count = min(length, region.end - address)
             if region.view is None:
                 buffer = memoryview(bytearray(count))
-                transfer._bounces.append((address, buffer))
+                transfer.bounces.append((address, buffer))
             else:
                 start = address - region.start
                 buffer = region.view[start : start + count]
                 region.uses += 1
-                transfer._regions.append(region)
+                transfer.regions.append(region)
                 if to_guest:
-                    transfer._written.append((address, buffer))
+                    transfer.written.append((address, buffer))
             buffers.append(buffer)
             address += count
             length -= count
 
-    def _finish(self, transfer: MemoryTransfer, commit: bool, mark: bool = True) -> None:
-        regions, bounces, written = transfer._regions, transfer._bounces, transfer._written
-        transfer._regions, transfer._bounces, transfer._written, transfer.buffers = [], [], [], ()
+    def finish(self, transfer: MemoryTransfer, commit: bool, mark: bool = True) -> None:
+        """A transfer has ended; see `MemoryTransfer.finish`. Without `mark` its pages are recorded, and not marked."""
+        regions, bounces, written = transfer.regions, transfer.bounces, transfer.written
+        transfer.regions, transfer.bounces, transfer.written, transfer.buffers = [], [], [], ()
         marks: list[tuple[int, bytes]] = []
         marking: Writing | None = None
         if self.dirty.active:
             for address, buffer in written:
                 self.dirty.wrote(address, len(buffer))
             if mark and commit and self.dirty.marking:
-                marks = [_copy(run, start, end) for run in written for start, end in split(run[0], len(run[1]))]
-                marking = self._to_mark(marks, regions)
+                marks = [marking_copy(run, start, end) for run in written for start, end in split(run[0], len(run[1]))]
+                marking = self.to_mark(marks, regions)
             else:
                 self._record(written)
         # Before any message is waited for: a client that is in an unmap of these regions answers when it is done.
         self._release(regions)
         try:
-            if transfer._writing is not None and commit:
-                self._write(transfer._writing, bounces)
+            if transfer.writing is not None and commit:
+                self._write(transfer.writing, bounces)
                 for address, buffer in bounces:
                     self.dirty.wrote(address, len(buffer))
-            elif transfer._writing is not None:
-                self._end(transfer._writing)
+            elif transfer.writing is not None:
+                self._end(transfer.writing)
         except DmaError:
             if marking is not None:
                 self._end(marking)
@@ -349,7 +259,7 @@ class GuestMemory:
         for unmap in finished:
             unmap.done(0)
 
-    def _to_mark(self, marks: Sequence[tuple[int, bytes]], regions: Sequence[Region]) -> Writing:
+    def to_mark(self, marks: Sequence[tuple[int, bytes]], regions: Sequence[Region]) -> Writing:
         """Return `marks` as what is to be written by message; `regions`, which they are of, are in use until then."""
         with self._lock:
             marking = self._writings.add(marks)
@@ -365,7 +275,7 @@ class GuestMemory:
             for address, data in marks:
                 self.dirty.record(address, len(data))
 
-    def _mark_soon(
+    def mark_soon(
         self,
         marking: Writing,
         marks: list[tuple[int, bytes]],
@@ -444,8 +354,8 @@ class GuestMemory:
         """Copy what must be written again of the regions between `start` and `end`; what is unmapped needs nothing."""
         with self._lock:
             return [
-                _copy((region.start, region.view), max(start, region.start), min(end, region.end))
-                for region in self._overlapping(start, end)
+                marking_copy((region.start, region.view), max(start, region.start), min(end, region.end))
+                for region in self._map.overlapping(start, end)
                 if region.view is not None and region.writable
             ]
 
@@ -453,10 +363,3 @@ class GuestMemory:
         if self.client is None:
             raise DmaError("no client is connected")
         return self.client
-
-
-def _copy(run: Run, start: int, end: int) -> tuple[int, bytes]:
-    """Copy what must be written again of `run`, between `start` and `end`, to mark every page of it."""
-    address, buffer = run
-    start, end = span(start, end)
-    return start, bytes(buffer[start - address : end - address])

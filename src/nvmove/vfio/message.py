@@ -1,5 +1,8 @@
 """The vfio-user wire format, version 0.0: bytes to requests and replies to bytes. No sockets, no state.
 
+Apart from this are what the peers say of themselves (vfio/version.py) and of the device (vfio/deviceinfo.py), and what
+a migration takes (vfio/features.py).
+
 Source: QEMU docs/interop/vfio-user.rst. All integers are in host order, which is little-endian wherever QEMU runs NVMe.
 A request that is malformed raises `RequestError` with the errno of its error reply; a header after which nothing in the
 stream can be trusted raises `StreamError`, and the connection must be closed.
@@ -65,19 +68,11 @@ MAX_DATA_XFER_SIZE = 1 << 20
 """Data bytes in one message: the protocol's default."""
 MAX_MESSAGE_SIZE = MAX_DATA_XFER_SIZE + 4096
 """A header that announces more ends the connection. 4096 is room for what precedes the data."""
-PROTOCOL = (0, 0)
 
 _HEADER = struct.Struct("<HHIII")
 HEADER_SIZE = _HEADER.size
-_VERSION = struct.Struct("<HH")
 _DMA_MAP = struct.Struct("<IIQQQ")
 _DMA_UNMAP = struct.Struct("<IIQQ")
-_DEVICE_INFO = struct.Struct("<IIII")
-_REGION_INFO = struct.Struct("<IIIIQQ")
-_SPARSE_MMAP = struct.Struct("<HHIII")
-"""linux/vfio.h, vfio_region_info_cap_sparse_mmap: id, version, next, areas, reserved."""
-_AREA = struct.Struct("<QQ")
-_IRQ_INFO = struct.Struct("<IIII")
 _IRQ_SET = struct.Struct("<IIIII")
 _REGION_ACCESS = struct.Struct("<QII")
 _WRITE_MULTI = struct.Struct("<Q")
@@ -88,11 +83,7 @@ DMA_ACCESS_SIZE = _DMA_ACCESS.size
 # DMA_MAP and DMA_UNMAP flags.
 _MAP_READABLE, _MAP_WRITABLE = 1, 2
 _UNMAP_DIRTY_BITMAP, _UNMAP_ALL = 1, 2
-# Flags of linux/vfio.h.
-DEVICE_FLAGS_RESET, DEVICE_FLAGS_PCI = 1, 2
-REGION_READ, REGION_WRITE, REGION_MMAP, REGION_CAPS = 1, 2, 4, 8
-_CAP_SPARSE_MMAP = 1
-IRQ_EVENTFD, IRQ_MASKABLE, IRQ_AUTOMASKED = 1, 2, 4
+# DEVICE_SET_IRQS flags (linux/vfio.h).
 SET_DATA_NONE, SET_DATA_BOOL, SET_DATA_EVENTFD = 1, 2, 4
 SET_MASK, SET_UNMASK, SET_TRIGGER = 8, 16, 32
 
@@ -152,76 +143,11 @@ def error_reply(header: Header, code: int) -> bytes:
     return _HEADER.pack(header.id, header.command, HEADER_SIZE, TYPE_REPLY | FLAG_ERROR, code)
 
 
-def _unpack(layout: struct.Struct, payload: memoryview) -> tuple[Any, ...]:
+def unpack(layout: struct.Struct, payload: memoryview) -> tuple[Any, ...]:
+    """Decode what a payload begins with; raise RequestError EINVAL when it is shorter than that."""
     if len(payload) < layout.size:
         raise RequestError(errno.EINVAL, f"payload of {len(payload)} bytes, expected at least {layout.size}")
     return layout.unpack_from(payload)
-
-
-# VERSION
-
-
-class _Capabilities(msgspec.Struct):
-    """What a peer may say of itself; what we do not use is skipped by the decoder, as the protocol wants."""
-
-    max_msg_fds: int = 1
-    max_data_xfer_size: int = MAX_DATA_XFER_SIZE
-    max_dma_maps: int = 65535
-    pgsizes: int = 4096
-    write_multiple: bool = False
-    migration: dict[str, Any] | None = None
-
-
-class _VersionData(msgspec.Struct):
-    capabilities: _Capabilities = msgspec.field(default_factory=_Capabilities)
-
-
-class Version(NamedTuple):
-    """A proposal or an answer of VFIO_USER_VERSION."""
-
-    major: int
-    minor: int
-    max_msg_fds: int
-    max_data_xfer_size: int
-    write_multiple: bool
-    migration: bool = False
-
-
-def parse_version(payload: memoryview) -> Version:
-    """Decode a version message; raise RequestError EINVAL for text that is not the protocol's JSON."""
-    major, minor = _unpack(_VERSION, payload)
-    text = bytes(payload[_VERSION.size :])
-    if text and not text.endswith(b"\0"):
-        raise RequestError(errno.EINVAL, "version data without its terminating NUL")
-    try:
-        data = msgspec.json.decode(text.rstrip(b"\0") or b"{}", type=_VersionData)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(errno.EINVAL, f"version data: {error}") from error
-    capabilities = data.capabilities
-    if capabilities.max_data_xfer_size < 1 or capabilities.max_msg_fds < 0:
-        raise RequestError(errno.EINVAL, "version data: a limit that allows nothing")
-    return Version(
-        major,
-        minor,
-        capabilities.max_msg_fds,
-        capabilities.max_data_xfer_size,
-        capabilities.write_multiple,
-        capabilities.migration is not None,
-    )
-
-
-def version_payload(write_multiple: bool, migration: bool = False) -> bytes:
-    """Encode our side of the negotiation. Capabilities must be a subset of the peer's, hence the parameters."""
-    capabilities: dict[str, int | bool | dict[str, int]] = {
-        "max_msg_fds": MAX_MSG_FDS,
-        "max_data_xfer_size": MAX_DATA_XFER_SIZE,
-        "pgsizes": 4096,
-    }
-    if write_multiple:
-        capabilities["write_multiple"] = True
-    if migration:
-        capabilities["migration"] = {"pgsize": 4096}
-    return _VERSION.pack(*PROTOCOL) + msgspec.json.encode({"capabilities": capabilities}) + b"\0"
 
 
 # DMA_MAP, DMA_UNMAP
@@ -239,7 +165,7 @@ class DmaMap(NamedTuple):
 
 def parse_dma_map(payload: memoryview) -> DmaMap:
     """Decode; raise RequestError EINVAL for unknown flags and ranges that are empty or leave 64 bits."""
-    _argsz, flags, offset, address, size = _unpack(_DMA_MAP, payload)
+    _argsz, flags, offset, address, size = unpack(_DMA_MAP, payload)
     if not flags or flags & ~(_MAP_READABLE | _MAP_WRITABLE):
         raise RequestError(errno.EINVAL, f"DMA_MAP flags {flags:#x}")
     if not size or address + size > 1 << 64 or offset + size >= 1 << 63:
@@ -263,7 +189,7 @@ class DmaUnmap(NamedTuple):
 
 def parse_dma_unmap(payload: memoryview) -> DmaUnmap:
     """Decode; raise RequestError ENOTSUP for the dirty bitmap (we never offer it), EINVAL for what makes no sense."""
-    _argsz, flags, address, size = _unpack(_DMA_UNMAP, payload)
+    _argsz, flags, address, size = unpack(_DMA_UNMAP, payload)
     if flags & _UNMAP_DIRTY_BITMAP:
         raise RequestError(errno.ENOTSUP, "DMA_UNMAP asks for a dirty bitmap")
     if flags & ~_UNMAP_ALL:
@@ -277,84 +203,6 @@ def parse_dma_unmap(payload: memoryview) -> DmaUnmap:
 def dma_unmap_payload(request: DmaUnmap) -> bytes:
     """Encode: the request, and the reply, which repeats it."""
     return _DMA_UNMAP.pack(_DMA_UNMAP.size, _UNMAP_ALL if request.all else 0, request.address, request.size)
-
-
-# DEVICE_GET_INFO, GET_REGION_INFO, GET_REGION_IO_FDS, GET_IRQ_INFO
-
-
-def _checked_argsz(argsz: int, layout: struct.Struct) -> None:
-    if argsz < layout.size:
-        raise RequestError(errno.EINVAL, f"argsz {argsz}, expected at least {layout.size}")
-
-
-def parse_device_info(payload: memoryview) -> tuple[int, int, int]:
-    """Decode (flags, regions, irqs): all 0 in a request."""
-    argsz, flags, regions, irqs = _unpack(_DEVICE_INFO, payload)
-    _checked_argsz(argsz, _DEVICE_INFO)
-    return flags, regions, irqs
-
-
-def device_info_payload(flags: int, regions: int, irqs: int) -> bytes:
-    """Encode the request (all 0) and the reply."""
-    return _DEVICE_INFO.pack(_DEVICE_INFO.size, flags, regions, irqs)
-
-
-class RegionReply(msgspec.Struct, frozen=True):
-    """VFIO_USER_DEVICE_GET_REGION_INFO. In a request `argsz` is how much the client has room for, the rest is 0."""
-
-    argsz: int
-    flags: int
-    index: int
-    size: int
-    areas: tuple[tuple[int, int], ...] = ()
-    """Offset and size of what of the region may be mapped, at the same offsets of the message's descriptor."""
-
-
-def parse_region_info(payload: memoryview) -> RegionReply:
-    """Decode; of the capabilities the sparse mmap areas, where the message has them."""
-    argsz, flags, index, cap_offset, size, _offset = _unpack(_REGION_INFO, payload)
-    _checked_argsz(argsz, _REGION_INFO)
-    areas: tuple[tuple[int, int], ...] = ()
-    if flags & REGION_CAPS and _REGION_INFO.size <= cap_offset < len(payload):
-        kind, _version, _next, count, _reserved = _unpack(_SPARSE_MMAP, payload[cap_offset:])
-        data = payload[cap_offset + _SPARSE_MMAP.size :][: count * _AREA.size]
-        if kind == _CAP_SPARSE_MMAP and len(data) == count * _AREA.size:
-            areas = tuple(_AREA.iter_unpack(data))
-    return RegionReply(argsz, flags, index, size, areas)
-
-
-REGION_INFO_SIZE = _REGION_INFO.size
-MAPPABLE_REGION_INFO_SIZE = _REGION_INFO.size + _SPARSE_MMAP.size + _AREA.size
-"""The whole reply about a region of which one area may be mapped."""
-
-
-def region_info_payload(
-    index: int, flags: int = 0, size: int = 0, area: tuple[int, int] | None = None, argsz: int = REGION_INFO_SIZE
-) -> bytes:
-    """Encode the request and the reply.
-
-    A region with a mappable `area` takes more than the structure: it comes whole to a client that has room for it in
-    `argsz`. To others the reply says how much it takes.
-    """
-    if area is None:
-        return _REGION_INFO.pack(argsz, flags, index, 0, size, 0)
-    flags |= REGION_MMAP
-    if argsz < MAPPABLE_REGION_INFO_SIZE:
-        return _REGION_INFO.pack(MAPPABLE_REGION_INFO_SIZE, flags, index, 0, size, 0)
-    head = _REGION_INFO.pack(MAPPABLE_REGION_INFO_SIZE, flags | REGION_CAPS, index, _REGION_INFO.size, size, 0)
-    return head + _SPARSE_MMAP.pack(_CAP_SPARSE_MMAP, 1, 0, 1, 0) + _AREA.pack(*area)
-
-
-def parse_indexed_info(payload: memoryview) -> tuple[int, int, int]:
-    """Decode (index, flags, count) of GET_IRQ_INFO and of GET_REGION_IO_FDS, whose head is the same."""
-    argsz, flags, index, count = _unpack(_IRQ_INFO, payload)
-    _checked_argsz(argsz, _IRQ_INFO)
-    return index, flags, count
-
-
-def indexed_info_payload(index: int, flags: int = 0, count: int = 0) -> bytes:
-    """Encode GET_IRQ_INFO and GET_REGION_IO_FDS, requests and replies."""
-    return _IRQ_INFO.pack(_IRQ_INFO.size, flags, index, count)
 
 
 # DEVICE_SET_IRQS
@@ -372,7 +220,7 @@ class IrqSet(msgspec.Struct, frozen=True):
 
 def parse_irq_set(payload: memoryview) -> IrqSet:
     """Decode; raise RequestError EINVAL when not exactly one data flag and one action are set, or data is missing."""
-    _argsz, flags, index, start, count = _unpack(_IRQ_SET, payload)
+    _argsz, flags, index, start, count = unpack(_IRQ_SET, payload)
     data, action = flags & 0x07, flags & 0x38
     if flags & ~0x3F or data.bit_count() != 1 or action.bit_count() != 1:
         raise RequestError(errno.EINVAL, f"SET_IRQS flags {flags:#x}")
@@ -407,7 +255,7 @@ class RegionAccess(msgspec.Struct, frozen=True):
 
 def parse_region_read(payload: memoryview) -> RegionAccess:
     """Decode; raise RequestError EINVAL for more than the negotiated size."""
-    access = RegionAccess(*_unpack(_REGION_ACCESS, payload))
+    access = RegionAccess(*unpack(_REGION_ACCESS, payload))
     if access.count > MAX_DATA_XFER_SIZE:
         raise RequestError(errno.EINVAL, f"REGION_READ of {access.count} bytes")
     return access
@@ -415,7 +263,7 @@ def parse_region_read(payload: memoryview) -> RegionAccess:
 
 def parse_region_write(payload: memoryview) -> RegionAccess:
     """Decode; raise RequestError EINVAL when count and data differ in size."""
-    offset, region, count = _unpack(_REGION_ACCESS, payload)
+    offset, region, count = unpack(_REGION_ACCESS, payload)
     data = bytes(payload[_REGION_ACCESS.size :])
     if len(data) != count:
         raise RequestError(errno.EINVAL, f"REGION_WRITE of {count} bytes with {len(data)} bytes of data")
@@ -429,7 +277,7 @@ def region_access_payload(access: RegionAccess) -> bytes:
 
 def parse_write_multi(payload: memoryview) -> Iterator[RegionAccess]:
     """Decode the posted writes that QEMU batches; each has room for 8 bytes. Raises RequestError before the first."""
-    (count,) = _unpack(_WRITE_MULTI, payload)
+    (count,) = unpack(_WRITE_MULTI, payload)
     entries = payload[_WRITE_MULTI.size :]
     if count * _WRITE_ONE.size != len(entries):
         raise RequestError(errno.EINVAL, f"REGION_WRITE_MULTI of {count} writes in {len(entries)} bytes")
@@ -456,7 +304,7 @@ def dma_access_payload(address: int, count: int, data: bytes | bytearray | memor
 
 def parse_dma_access(payload: memoryview) -> tuple[int, int, memoryview]:
     """Decode (address, count, data)."""
-    address, count = _unpack(_DMA_ACCESS, payload)
+    address, count = unpack(_DMA_ACCESS, payload)
     return address, count, payload[_DMA_ACCESS.size :]
 
 

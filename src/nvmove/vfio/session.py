@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from nvmove.vfio import features, message
+from nvmove.vfio import deviceinfo, features, message
 from nvmove.vfio.device import (
     INTX,
     IRQ_INDEX_COUNT,
@@ -28,6 +28,7 @@ from nvmove.vfio.dma import DmaChannel
 from nvmove.vfio.ends import Ends
 from nvmove.vfio.message import Command, Header, RegionAccess, RequestError
 from nvmove.vfio.receive import LOST, close_all
+from nvmove.vfio.version import PROTOCOL, parse_version, version_payload
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ _WHAT = {
     message.SET_MASK: IrqWhat.MASK,
     message.SET_UNMASK: IrqWhat.UNMASK,
 }
-_IRQ_FLAGS = {INTX: message.IRQ_EVENTFD | message.IRQ_MASKABLE | message.IRQ_AUTOMASKED}
+_IRQ_FLAGS = {INTX: deviceinfo.IRQ_EVENTFD | deviceinfo.IRQ_MASKABLE | deviceinfo.IRQ_AUTOMASKED}
 
 
 class Send(Protocol):
@@ -139,14 +140,14 @@ class Session:
     # One method a command. Each returns the reply's payload, or None when the reply is deferred.
 
     def _version(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        version = message.parse_version(payload)
+        version = parse_version(payload)
         if self._channel is not None:
             raise RequestError(errno.EINVAL, "VERSION a second time")
-        if version.major != message.PROTOCOL[0]:
+        if version.major != PROTOCOL[0]:
             raise RequestError(errno.EINVAL, f"protocol {version.major}.{version.minor}; this server speaks 0.0")
         self._channel = DmaChannel(self._send, min(version.max_data_xfer_size, message.MAX_DATA_XFER_SIZE))
         self._device.attach(self._channel)
-        return message.version_payload(version.write_multiple, version.migration and self._device.migration is not None)
+        return version_payload(version.write_multiple, version.migration and self._device.migration is not None)
 
     def _dma_map(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         request = message.parse_dma_map(payload)
@@ -160,37 +161,39 @@ class Session:
         self._device.unmap_dma(request.address, request.size, request.all, done)
 
     def _device_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        message.parse_device_info(payload)
-        flags = message.DEVICE_FLAGS_RESET | message.DEVICE_FLAGS_PCI
-        return message.device_info_payload(flags, REGION_COUNT, IRQ_INDEX_COUNT)
+        deviceinfo.parse_device_info(payload)
+        flags = deviceinfo.DEVICE_FLAGS_RESET | deviceinfo.DEVICE_FLAGS_PCI
+        return deviceinfo.device_info_payload(flags, REGION_COUNT, IRQ_INDEX_COUNT)
 
     def _region_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes | None:
-        asked = message.parse_region_info(payload)
+        asked = deviceinfo.parse_region_info(payload)
         if asked.index >= REGION_COUNT:
             raise RequestError(errno.EINVAL, f"region {asked.index}")
         region = self._device.regions[asked.index]
-        flags = (message.REGION_READ if region.readable else 0) | (message.REGION_WRITE if region.writable else 0)
+        flags = (deviceinfo.REGION_READ if region.readable else 0) | (deviceinfo.REGION_WRITE if region.writable else 0)
         area = region.mappable
         if area is None:
-            return message.region_info_payload(asked.index, flags, region.size)
-        answer = message.region_info_payload(asked.index, flags, region.size, (area.offset, area.size), asked.argsz)
-        if len(answer) < message.MAPPABLE_REGION_INFO_SIZE or not header.wants_reply:
+            return deviceinfo.region_info_payload(asked.index, flags, region.size)
+        answer = deviceinfo.region_info_payload(asked.index, flags, region.size, (area.offset, area.size), asked.argsz)
+        if len(answer) < deviceinfo.MAPPABLE_REGION_INFO_SIZE or not header.wants_reply:
             return answer
         self._send(message.reply(header, answer), [area.fd])
         return None
 
     def _region_io_fds(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        index, flags, count = message.parse_indexed_info(payload)
+        index, flags, count = deviceinfo.parse_indexed_info(payload)
         if index >= REGION_COUNT or flags or count:
             raise RequestError(errno.EINVAL, f"REGION_IO_FDS of region {index}, flags {flags:#x}, count {count}")
-        return message.indexed_info_payload(index)  # none: every access comes by message
+        return deviceinfo.indexed_info_payload(index)  # none: every access comes by message
 
     def _irq_info(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
-        index, _, _ = message.parse_indexed_info(payload)
+        index, _, _ = deviceinfo.parse_indexed_info(payload)
         if index >= IRQ_INDEX_COUNT:
             raise RequestError(errno.EINVAL, f"interrupt index {index}")
         count = self._device.irq_counts[index]
-        return message.indexed_info_payload(index, _IRQ_FLAGS.get(index, message.IRQ_EVENTFD) if count else 0, count)
+        return deviceinfo.indexed_info_payload(
+            index, _IRQ_FLAGS.get(index, deviceinfo.IRQ_EVENTFD) if count else 0, count
+        )
 
     def _set_irqs(self, header: Header, payload: memoryview, fds: list[int]) -> bytes:
         request = message.parse_irq_set(payload)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from nvmove.nvme.doorbells import Place
+from nvmove.nvme.cells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, EventType, Nvm, Register, Status
 from nvmove.nvme.state.saved import DoorbellsState

@@ -7,7 +7,7 @@ import ctypes
 import msgspec
 import pytest
 
-from nvmove.nvme.doorbells import Place
+from nvmove.nvme.cells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import DOORBELLS, Admin, EventType, Nvm, Status
 from nvmove.nvme.state.saved import DoorbellsState

@@ -12,11 +12,12 @@ from collections.abc import Callable
 import pytest
 
 from nvmove.nvme.seams import DmaError, Segment
-from nvmove.vfio import message
+from nvmove.vfio import deviceinfo, message
 from nvmove.vfio.client import ClientError, VfioUserClient
 from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableArea, RegionInfo, Reset
 from nvmove.vfio.message import Command, RegionAccess
 from nvmove.vfio.page import SharedPages
+from nvmove.vfio.version import Version
 from tests.descriptors import few_descriptors
 from tests.vfio_peer import PlainDevice, connected, served
 
@@ -38,7 +39,7 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
 
 def test_version_is_0_0_with_qemus_limits() -> None:
     with connected(PlainDevice()) as client:
-        assert message.Version(0, 0, 16, 1 << 20, True) == client.version
+        assert Version(0, 0, 16, 1 << 20, True) == client.version
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_nothing_goes_before_version_and_version_goes_once() -> None:
 def test_device_region_and_irq_info() -> None:
     device = PlainDevice(vectors=65)
     with connected(device) as client:
-        info = client.call(Command.DEVICE_GET_INFO, message.device_info_payload(0, 0, 0))
-        assert message.parse_device_info(memoryview(info)) == (3, 9, 5)
+        info = client.call(Command.DEVICE_GET_INFO, deviceinfo.device_info_payload(0, 0, 0))
+        assert deviceinfo.parse_device_info(memoryview(info)) == (3, 9, 5)
         assert [client.region_size(region) for region in range(9)] == [0x4000, 0, 0, 0, 0, 0, 0, 4096, 0]
         assert [client.irq_count(index) for index in range(5)] == [1, 0, 65, 0, 0]
-        irq = [client.call(Command.DEVICE_GET_IRQ_INFO, message.indexed_info_payload(i)) for i in (INTX, MSIX)]
-        assert [message.parse_indexed_info(memoryview(reply))[1] for reply in irq] == [7, 1]
-        fds = client.call(Command.DEVICE_GET_REGION_IO_FDS, message.indexed_info_payload(0))
-        assert message.parse_indexed_info(memoryview(fds)) == (0, 0, 0)
+        irq = [client.call(Command.DEVICE_GET_IRQ_INFO, deviceinfo.indexed_info_payload(i)) for i in (INTX, MSIX)]
+        assert [deviceinfo.parse_indexed_info(memoryview(reply))[1] for reply in irq] == [7, 1]
+        fds = client.call(Command.DEVICE_GET_REGION_IO_FDS, deviceinfo.indexed_info_payload(0))
+        assert deviceinfo.parse_indexed_info(memoryview(fds)) == (0, 0, 0)
 
 
 def test_an_area_of_a_region_can_be_mapped_where_the_device_says_so() -> None:
@@ -112,13 +113,13 @@ def test_a_client_without_room_for_the_area_learns_how_much_it_takes_and_gets_no
     pages = SharedPages(PAGE, PAGE)
     device.regions[BAR0_REGION] = RegionInfo(len(device.bar), True, True, MappableArea(PAGE, PAGE, pages.fd))
     with connected(device) as client:
-        reply = client.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(0, argsz=63))
+        reply = client.call(Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(0, argsz=63))
         assert len(reply) == 32
-        info = message.parse_region_info(memoryview(reply))
+        info = deviceinfo.parse_region_info(memoryview(reply))
         assert (info.argsz, info.areas) == (64, ())
-        assert info.flags == message.REGION_READ | message.REGION_WRITE | message.REGION_MMAP
+        assert info.flags == deviceinfo.REGION_READ | deviceinfo.REGION_WRITE | deviceinfo.REGION_MMAP
         assert client._fds == []
-        client.call(Command.DEVICE_GET_REGION_INFO, message.region_info_payload(0, argsz=64))
+        client.call(Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(0, argsz=64))
         assert len(client._fds) == 1  # closed with the client
     pages.close()
 
@@ -133,9 +134,9 @@ def test_shared_pages_cannot_be_taken_away_from_under_the_server() -> None:
 @pytest.mark.parametrize(
     ("code", "payload"),
     [
-        (Command.DEVICE_GET_REGION_INFO, message.region_info_payload(9)),
-        (Command.DEVICE_GET_IRQ_INFO, message.indexed_info_payload(5)),
-        (Command.DEVICE_GET_REGION_IO_FDS, message.indexed_info_payload(9)),
+        (Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(9)),
+        (Command.DEVICE_GET_IRQ_INFO, deviceinfo.indexed_info_payload(5)),
+        (Command.DEVICE_GET_REGION_IO_FDS, deviceinfo.indexed_info_payload(9)),
         (Command.DEVICE_GET_INFO, bytes(16)),
         (Command.DEVICE_GET_INFO, b""),
         (Command.DMA_MAP, bytes(32)),
@@ -527,7 +528,7 @@ def test_descriptors_of_refused_messages_are_closed(code: int, payload: bytes, c
 @pytest.mark.parametrize(
     ("code", "payload", "count"),
     [
-        (Command.DEVICE_GET_INFO, message.device_info_payload(0, 0, 0), 1),
+        (Command.DEVICE_GET_INFO, deviceinfo.device_info_payload(0, 0, 0), 1),
         (Command.DMA_UNMAP, message.dma_unmap_payload(message.DmaUnmap(0, PAGE, False)), 1),
         (Command.DMA_MAP, message.dma_map_payload(message.DmaMap(PAGE, PAGE, 0, True, True)), 2),
         (Command.REGION_READ, message.region_access_payload(RegionAccess(0, CONFIG_REGION, 4)), 1),
