@@ -6,7 +6,8 @@ import struct
 from collections.abc import Callable
 
 from nvmove.nvme.spec import DOORBELLS, Admin
-from tests.nvme_host import CC, Host, Ram
+from tests.nvme_host import CC, Host
+from tests.ram import Ram
 
 DBS, EIS = 0x30_0000, 0x30_1000
 

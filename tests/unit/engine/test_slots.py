@@ -101,7 +101,7 @@ def test_a_read_with_fua_is_a_read(rig: Rig) -> None:
 def test_without_a_write_cache_every_write_is_durable_and_the_loops(rig: Rig) -> None:
     assert order(rig, (Nvm.WRITE, {}), READ) == [0, 1]
     assert rig.admin(Admin.SET_FEATURES, cdw10=6, cdw11=0).status == 0
-    rig.disk.operations.clear()  # it was flushed for that
+    rig.disk.requests.clear()  # it was flushed for that
     rig.engine.runs.clear()
     assert order(rig, (Nvm.WRITE, {}), READ) == [1, 0]
     assert not rig.in_python

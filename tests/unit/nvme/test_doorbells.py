@@ -12,7 +12,9 @@ from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, EventType, Nvm, Register, Status
 from nvmove.nvme.state.saved import DoorbellsState
-from tests.nvme_host import CONFIG, DATA, Disk, Entries, Lines, Ring, sqe
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CONFIG, DATA, Entries, Ring, sqe
 from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam
 
 

@@ -11,7 +11,8 @@ from nvmove.nvme.doorbells import Place
 from nvmove.nvme.errors import StateError
 from nvmove.nvme.spec import DOORBELLS, Admin, EventType, Nvm, Status
 from nvmove.nvme.state.saved import DoorbellsState
-from tests.nvme_host import CONFIG, Host, Lines, sqe
+from tests.lines import Lines
+from tests.nvme_host import CONFIG, Host, sqe
 
 MAPPED = msgspec.structs.replace(CONFIG, mapped_doorbells=True, dbcs=False)
 
