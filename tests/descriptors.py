@@ -1,4 +1,4 @@
-"""A process that may open few files more."""
+"""The files that the process has open: how many more there may be, and whether any is left."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def few_descriptors(count: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """After the body this process has the descriptors that it had before."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == before

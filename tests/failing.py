@@ -9,7 +9,8 @@ from nvmove.block.backend import Request
 from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.controller import Controller
-from tests.nvme_host import CONFIG, Completion, Disk, Host
+from tests.disk import Disk
+from tests.nvme_host import CONFIG, Completion, Host
 
 
 class FailingDisk(Disk):
@@ -32,15 +33,9 @@ class FailingDisk(Disk):
     def recover(self) -> None:
         self.recovered += 1
 
-    def finish(self, count: int = 1 << 30) -> None:
-        with self._lock:
-            ready, self.held = self.held[:count], self.held[count:]
-        for request in ready:
-            self.order.append((request.operation.value, request.offset // 512))
-            if self.fails(request):
-                request.done(self.errno)
-            else:
-                self.perform(request)
+    def error_of(self, request: Request) -> int:
+        self.order.append((request.operation.value, request.offset // 512))
+        return self.errno if self.fails(request) else 0
 
 
 class PolicyHost(Host):

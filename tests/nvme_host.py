@@ -1,137 +1,26 @@
-"""A host driver for the controller, in process: guest memory, interrupt lines, a disk, rings. Nothing here sleeps."""
+"""A host driver for the controller, in process: registers, rings, commands. Nothing here sleeps."""
 
 from __future__ import annotations
 
 import struct
-import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from nvmove.block.backend import Operation, Request
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.controller import Controller
-from nvmove.nvme.seams import DmaError, Engine, Segment
+from nvmove.nvme.seams import Engine
 from nvmove.nvme.spec import CQE, CQE_SIZE, DOORBELLS, SQE_SIZE, Admin, Register
 from nvmove.nvme.state.saved import ControllerState
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.ram import Ram
 
-MEMORY = 8 << 20
 CC = 6 << 16 | 4 << 20 | 6 << 4
 """I/O queue entry sizes, all command sets; CC.EN is not set."""
 DATA = 0x10_0000
 """Where commands' data is, unless they say otherwise."""
-
-
-class Ram:
-    """Guest memory from address 0; `holes` are runs of addresses that are not mapped."""
-
-    def __init__(self, size: int = MEMORY) -> None:
-        self.data = bytearray(size)
-        self.holes: list[range] = []
-        self.reads: list[tuple[int, int]] = []
-
-    def _check(self, address: int, length: int) -> None:
-        inside = address + length <= len(self.data)
-        if not inside or any(hole.start < address + length and address < hole.stop for hole in self.holes):
-            raise DmaError(f"{address:#x}")
-
-    def read(self, address: int, length: int) -> bytes:
-        self._check(address, length)
-        self.reads.append((address, length))
-        return bytes(self.data[address : address + length])
-
-    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        self._check(address, len(data))
-        self.data[address : address + len(data)] = data
-
-    def acquire(self, segments: Sequence[Segment], to_guest: bool) -> Mapped:
-        for address, length in segments:
-            self._check(address, length)
-        view = memoryview(self.data)
-        return Mapped([view[address : address + length] for address, length in segments])
-
-
-class Mapped:
-    def __init__(self, buffers: Sequence[memoryview]) -> None:
-        self.buffers = buffers
-
-    def finish(self, commit: bool = True) -> None:
-        self.buffers = ()
-
-
-class Lines:
-    """The interrupt lines, and what was sent over them."""
-
-    def __init__(self, msix: bool = True) -> None:
-        self.msix_enabled = msix
-        self.signals: list[int] = []
-        self.level = False
-
-    @property
-    def uses_pin(self) -> bool:
-        return not self.msix_enabled
-
-    def signal(self, vector: int) -> None:
-        self.signals.append(vector)
-
-    def set_level(self, asserted: bool) -> None:
-        self.level = asserted
-
-    def up(self) -> bool:
-        """Whether the INTx pin is asserted."""
-        return self.level
-
-
-class Disk:
-    """A disk in memory. With `hold`, requests wait until `finish`."""
-
-    def __init__(self, size: int = 1 << 20, hold: bool = False) -> None:
-        self.data = bytearray(size)
-        self.hold = hold
-        self.held: list[Request] = []
-        self.operations: list[Operation] = []
-        self._lock = threading.Lock()
-        self.read_only = False
-        self.supports_discard = True
-        self.request_alignment = 1
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def refresh_size(self) -> int:
-        return self.size
-
-    def recover(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def submit(self, request: Request) -> None:
-        with self._lock:
-            self.operations.append(request.operation)
-            self.held.append(request)
-        if not self.hold:
-            self.finish()
-
-    def finish(self, count: int = 1 << 30) -> None:
-        """Finish the oldest `count` requests that are held."""
-        with self._lock:
-            ready, self.held = self.held[:count], self.held[count:]
-        for request in ready:
-            self.perform(request)
-
-    def perform(self, request: Request) -> None:
-        at = request.offset
-        for buffer in request.buffers:
-            if request.operation is Operation.READ:
-                buffer[:] = self.data[at : at + len(buffer)]
-            else:
-                self.data[at : at + len(buffer)] = buffer
-            at += len(buffer)
-        request.done(0)
 
 
 class Completion(NamedTuple):
@@ -140,7 +29,11 @@ class Completion(NamedTuple):
     sqid: int
     cid: int
     status: int
+    """Without More and DNR."""
     dnr: bool
+    more: bool
+    data: bytes = b""
+    """What the command left in memory, if it was asked for."""
 
 
 class Entries:
@@ -175,7 +68,7 @@ def sqe(
 
 
 class Host:
-    """A controller and the driver of it. Other arguments are the configuration's."""
+    """A controller and the driver of it. Its drives are `disks`, by their names, or `disk` alone, as `d0`."""
 
     def __init__(
         self,
@@ -183,12 +76,14 @@ class Host:
         ram: Ram | None = None,
         lines: Lines | None = None,
         disk: Disk | None = None,
+        disks: Mapping[str, Disk] | None = None,
         engine: Engine | None = None,
         config: ControllerConfig = CONFIG,
     ) -> None:
         self.ram = ram or Ram()
         self.lines = lines or Lines()
-        self.disk = disk or Disk()
+        self.disks = disks or {"d0": disk or Disk()}
+        self.disk = next(iter(self.disks.values()))
         self.config = config
         self.engine = engine or InlineEngine()
         self.now = 0.0
@@ -198,7 +93,7 @@ class Host:
         self.cid = 0
 
     def _new(self) -> Controller:
-        return Controller(self.config, {"d0": self.disk}, self.ram, self.lines, self.engine, lambda: self.now)
+        return Controller(self.config, self.disks, self.ram, self.lines, self.engine, lambda: self.now)
 
     # Registers.
 
@@ -257,7 +152,7 @@ class Host:
         result, sq_head, sqid, cid, status = CQE.unpack(self.ram.data[at : at + CQE_SIZE])
         if status & 1 != cq.phase:
             return None
-        return Completion(result, sq_head, sqid, cid, status >> 1 & 0x7FF, bool(status >> 15))
+        return Completion(result, sq_head, sqid, cid, status >> 1 & 0x7FF, bool(status >> 15), bool(status >> 14 & 1))
 
     def reap(self, cqid: int, limit: int = 1 << 30, doorbell: bool = True) -> list[Completion]:
         """Consume the completions of completion queue `cqid`."""
@@ -275,6 +170,10 @@ class Host:
         """Run one command to its end."""
         cid = self.submit(qid, opcode, **fields)
         self.drain()
+        return self.take(qid, cid)
+
+    def take(self, qid: int, cid: int) -> Completion:
+        """Consume the completion of a command; it is the only one there."""
         (completion,) = self.reap(self.rings[qid].cq.cqid)
         assert completion.cid == cid
         return completion

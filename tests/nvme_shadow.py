@@ -5,8 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from nvmove.nvme.spec import DOORBELLS, Admin
-from tests.nvme_host import CC, Host, Ram
+from nvmove.nvme.spec import DOORBELLS, Admin, Status
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, Host
+from tests.ram import Ram
 
 DBS, EIS = 0x30_0000, 0x30_1000
 
@@ -81,3 +84,18 @@ class ShadowHost(Host):
             self._ring(2 * cqid + 1, self.cqs[cqid].head)
         else:
             super().ring_cq(cqid)
+
+    def look(self) -> None:
+        """Queue 1 looks at its doorbells."""
+        self.engine.kick(1)
+
+
+def shadowed(
+    *, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None, disk: Disk | None = None
+) -> ShadowHost:
+    """A host that has a queue pair and uses shadow doorbells."""
+    host = ShadowHost(ram=ShadowRam(), lines=lines, disk=disk)
+    host.enable()
+    host.create(sq_size=sq_size, cq_size=cq_size)
+    assert host.configure() == Status.SUCCESS
+    return host

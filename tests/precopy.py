@@ -11,7 +11,7 @@ from nvmove.vfio.dirty import PAGE
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
 from nvmove.vfio.writing import Writing
-from tests.nvme_host import Ram
+from tests.ram import Ram
 
 Soon = tuple[Sequence[tuple[int, Buffer]], Callable[[DmaError | None], None]]
 

@@ -19,8 +19,11 @@ from nvmove.engine.inline import InlineEngine
 from nvmove.engine.loop import Bells, Ring
 from nvmove.nvme.seams import Lender, Lending, LentRegion
 from nvmove.nvme.spec import Nvm
+from tests.disk import Disk
+from tests.lines import Lines
 from tests.nbd_server import Server
-from tests.nvme_host import Disk, Host, Lines, Ram
+from tests.nvme_host import Host
+from tests.ram import Ram
 
 PUNCH = linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE
 
@@ -219,7 +222,6 @@ class LentDisk(Disk):
             request.operation is Operation.DISCARD and self.space.discard != NOTHING
         ):
             os.pwrite(self.fd, bytes(request.length), request.offset)
-        request.done(0)
 
 
 class TrimmingServer(Server):

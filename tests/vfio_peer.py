@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from nvmove.nvme.config import ControllerConfig
+from nvmove.nvme.seams import DmaError
 from nvmove.pci.config import CONFIG_SIZE, ConfigSpace
 from nvmove.pci.interrupts import InterruptLines
 from nvmove.vfio.client import VfioUserClient
@@ -17,6 +18,7 @@ from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.migration import Migration
 from nvmove.vfio.transport import Connection
 from nvmove.vmstate.schema import StateError
+from tests.waiting import ended, in_thread
 
 
 class PlainDevice:
@@ -124,15 +126,13 @@ def served(device: PlainDevice) -> Iterator[socket.socket]:
     """Serve `device` over a socket pair; yields the client's end. On leaving, the control thread has ended."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     connection = Connection(ours, device)
-    thread = threading.Thread(target=connection.serve, daemon=True)
-    thread.start()
+    thread = in_thread(connection.serve)
     try:
         yield theirs
     finally:
         connection.shutdown()
         theirs.close()
-        thread.join(10)
-        assert not thread.is_alive(), "the control thread did not end with its connection"
+        ended(thread)
 
 
 @contextmanager
@@ -140,3 +140,21 @@ def connected(device: PlainDevice) -> Iterator[VfioUserClient]:
     """Serve `device` to a client that has negotiated."""
     with served(device) as sock, VfioUserClient(sock, timeout=5) as client:
         yield client
+
+
+def noting(errors: list[str], call: Callable[[], object]) -> Callable[[], None]:
+    """`call`, whose DmaError is noted."""
+
+    def noted() -> None:
+        try:
+            call()
+        except DmaError as error:
+            errors.append(str(error))
+
+    return noted
+
+
+def ask_until(client: VfioUserClient, is_so: Callable[[], object]) -> None:
+    """Ask the device for its vendor until it is so: the control thread goes on answering meanwhile."""
+    while not is_so():
+        assert client.config(0, 2) == b"\x36\x1b"

@@ -1,4 +1,4 @@
-"""Waiting for what another thread does."""
+"""Threads of a test, and waiting for what they do."""
 
 from __future__ import annotations
 
@@ -16,3 +16,16 @@ def wait(is_so: Callable[[], bool], patience: int = PATIENCE) -> None:
             return
         threading.Event().wait(0.001)
     raise AssertionError("it does not come")
+
+
+def in_thread(call: Callable[[], object]) -> threading.Thread:
+    """Call it on a thread of its own."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(thread: threading.Thread) -> None:
+    """Wait until the thread ends."""
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), "it does not end"

@@ -15,7 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
-from tests.nvme_host import CC, CONFIG, Completion, Disk, Host, Lines, Ring
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, CONFIG, Completion, Host, Ring
 
 QUEUES = st.integers(1, 4)
 CQS = st.integers(1, 3)

@@ -71,16 +71,13 @@ class BreakingDisk(LentDisk):
         os.close(self.lent_fd)
         self.lent_fd = -1
 
-    def perform(self, request: Request) -> None:
+    def error_of(self, request: Request) -> int:
         works = request.operation is Operation.READ or (
             not self.syncs
             if request.operation is Operation.FLUSH
             else request.operation is Operation.DISCARD and self.space.discard == NOTHING
         )
-        if self.is_broken and not works:
-            request.done(self.code)
-        else:
-            super().perform(request)
+        return self.code if self.is_broken and not works else 0
 
 
 class BreakingExport(ExportedDisk, BreakingDisk):

@@ -6,7 +6,6 @@ import os
 import select
 import socket
 import struct
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmove.block.backend import BackendError, Request
+from nvmove.block.backend import BackendError
 from nvmove.device import NvmeDevice
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.state import vmsd
@@ -26,54 +25,31 @@ from nvmove.vfio.transport import Connection
 from nvmove.vm.moves.snapshot import SavedDevice
 from nvmove.vmstate.bus import Stateful
 from nvmove.vmstate.schema import StateError
+from tests.disk import Disk
+from tests.vfio_peer import ask_until
+from tests.waiting import ended, in_thread
 
 ASQ, ACQ = 0x1000, 0x2000
 IDENTIFY = struct.pack("<BBH I 16x QQ I 20x", 0x06, 0, 7, 0, 0x3000, 0, 1)
 ENABLED = 0x00460001
 
 
-class EmptyDisk:
-    """A back end that finishes nothing until it is told to."""
-
-    size = 1 << 20
-    read_only = False
-    supports_discard = False
-    request_alignment = 1
-
-    def __init__(self) -> None:
-        self.held: list[Request] = []
-
-    def submit(self, request: Request) -> None:
-        self.held.append(request)
-
-    def refresh_size(self) -> int:
-        return self.size
-
-    def recover(self) -> None:
-        pass
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def make(serial: str = "S1", disk: EmptyDisk | None = None, vectors: int = 4, mapped: bool = False) -> NvmeDevice:
+def make(serial: str = "S1", disk: Disk | None = None, vectors: int = 4, mapped: bool = False) -> NvmeDevice:
     namespace = NamespaceConfig(nsid=1, drive="d0", uuid=uuid.UUID(int=1))
     config = ControllerConfig(
         serial=serial, msix_qsize=vectors, namespaces=(namespace,), mapped_doorbells=mapped, dbcs=not mapped
     )
-    return NvmeDevice(config, {"d0": disk or EmptyDisk()}, id="nvme0")
+    return NvmeDevice(config, {"d0": disk or Disk(hold=True)}, id="nvme0")
 
 
 @contextmanager
 def connected(device: NvmeDevice) -> Iterator[VfioUserClient]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     connection = Connection(ours, device, device.receiver)
-    thread = threading.Thread(target=connection.serve, daemon=True)
-    thread.start()
+    thread = in_thread(connection.serve)
     with VfioUserClient(theirs, timeout=5) as client:
         yield client
-    thread.join(5)
-    assert not thread.is_alive()
+    ended(thread)
 
 
 def dword(client: VfioUserClient, offset: int) -> int:
@@ -148,8 +124,7 @@ def test_bar0_beyond_the_registers(device: NvmeDevice) -> None:
         assert client.read(BAR0_REGION, 0x3FF0, 16) == bytes(16)
         ram = enable(client)
         identify(client, ram)
-        while not device.inspect()["pci"]["pending"]:
-            client.config(0, 4)
+        ask_until(client, lambda: device.inspect()["pci"]["pending"])
         assert client.read(BAR0_REGION, 0x3000, 2) == b"\1\0"
         client.write(CONFIG_REGION, 0x42, b"\0\0")
         assert client.read(BAR0_REGION, 0x3000, 2) == b"\0\0"
@@ -192,8 +167,7 @@ def test_state_travels_to_another_device_which_goes_on() -> None:
         ram = enable(client)
         client.write(CONFIG_REGION, 0x10, bytes.fromhex("0480bffe"))
         identify(client, ram)
-        while not source.inspect()["pci"]["pending"]:
-            client.config(0, 4)
+        ask_until(client, lambda: source.inspect()["pci"]["pending"])
         source.pause(5)
         identify(client, ram, 1)  # rung while paused: must not be lost
         source.keep_msix_table(table)
@@ -264,32 +238,27 @@ def test_pause_gives_up_after_its_timeout_and_reset_waits_for_the_disk(by_config
         else:
             client.reset()
 
-    disk = EmptyDisk()
+    disk = Disk(hold=True)
     device = make(disk=disk)
     with connected(device) as client:
         ram = enable(client)
         ram[ASQ : ASQ + 64] = struct.pack("<BBH I 56x", 0x80, 0, 1, 1)  # Format NVM: the disk is asked, and holds
         write(client, 0x1000, 1)
-        while not disk.held:
-            client.config(0, 4)
+        ask_until(client, lambda: disk.held)
         with pytest.raises(TimeoutError, match="nvme0: I/O is still in flight"):
             device.pause(0.01)
-        resetting = threading.Thread(target=reset, daemon=True)
-        resetting.start()
-        while not device.resets:
-            client.config(0, 4)
+        resetting = in_thread(reset)
+        ask_until(client, lambda: device.resets)
         assert resetting.is_alive()
-        while disk.held:
-            disk.held.pop().done(0)
-        resetting.join(5)
-        assert not resetting.is_alive()
+        disk.finish()
+        ended(resetting)
     device.close()
 
 
 def test_refresh_tells_the_namespaces_new_size() -> None:
-    disk = EmptyDisk()
+    disk = Disk(hold=True)
     device = make(disk=disk)
-    disk.size = 2 << 20
+    disk.actual_size = 2 << 20
     device.refresh()
     assert [namespace.blocks for namespace in device.controller.namespaces] == [4096]
     device.close()
@@ -313,7 +282,7 @@ def test_it_is_what_the_other_parts_ask_for(device: NvmeDevice) -> None:
 
 
 def test_resume_recovers_each_disk_once_before_anything_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
-    class LostDisk(EmptyDisk):
+    class LostDisk(Disk):
         recovered = 0
 
         def recover(self) -> None:
@@ -330,15 +299,23 @@ def test_resume_recovers_each_disk_once_before_anything_is_tried_again(caplog: p
     made.close()
 
 
+def begin_to_mark(device: NvmeDevice, client: VfioUserClient) -> memoryview:
+    """Enable the controller and run a command whose data is to be marked; the client does not answer that.
+
+    Returns the guest's memory.
+    """
+    ram = enable(client)
+    device.track_dirty(True)
+    client.answers_dma = False
+    identify(client, ram)
+    ask_until(client, lambda: client.unanswered)
+    return ram
+
+
 def test_data_is_marked_before_its_completion_and_the_completion_at_the_switch_over(device: NvmeDevice) -> None:
     with connected(device) as client:
-        ram = enable(client)
         fd = vector0(client)
-        device.track_dirty(True)
-        client.answers_dma = False
-        identify(client, ram)
-        while not client.unanswered:
-            client.config(0, 4)
+        ram = begin_to_mark(device, client)
         assert ram[ACQ + 12 : ACQ + 16] == bytes(4), "completed before its page was marked"
         assert [message.parse_dma_access(memoryview(data))[0] for _, data in client.unanswered] == [0x3000]
         client.answer_dma()
@@ -355,24 +332,14 @@ def test_data_is_marked_before_its_completion_and_the_completion_at_the_switch_o
 def test_a_client_lost_while_marking_leaves_the_device_usable(device: NvmeDevice) -> None:
     for _ in range(2):
         with connected(device) as client:
-            ram = enable(client)
-            device.track_dirty(True)
-            client.answers_dma = False
-            identify(client, ram)
-            while not client.unanswered:
-                client.config(0, 4)
+            begin_to_mark(device, client)
             client.close()
         assert device.inspect()["memory"] == []
 
 
 def test_a_reset_while_marking_does_not_wait_for_the_client(device: NvmeDevice) -> None:
     with connected(device) as client:
-        ram = enable(client)
-        device.track_dirty(True)
-        client.answers_dma = False
-        identify(client, ram)
-        while not client.unanswered:
-            client.config(0, 4)
+        begin_to_mark(device, client)
         client.reset()
         client.answer_dma()
         device.pause(5)

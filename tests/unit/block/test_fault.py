@@ -16,7 +16,7 @@ from nvmove.block.backend import Operation, Request
 from nvmove.block.delay import Delays
 from nvmove.block.fault import FaultRule, FaultRules, FaultyBackend
 from tests.block_helpers import Waiter, start
-from tests.nvme_guest import Disk
+from tests.disk import Disk
 
 KIB = 1024
 FOREVER = 3600 * 1_000_000

@@ -12,7 +12,9 @@ from nvmove.engine import plain
 from nvmove.engine.inline import InlineEngine
 from nvmove.engine.plain import PlainEngine
 from nvmove.nvme.spec import CSTS_CFS, CSTS_RDY, Nvm, Register, Status
-from tests.nvme_host import CC, Disk, Host, Lines
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, Host
 
 LONG = 20
 """Seconds that a test waits for what must come."""

@@ -584,6 +584,6 @@ def test_what_runs_out_in_a_loan_is_given_back_and_python_runs_the_queue(
         assert rig.read() == 0
         assert rig.in_python
         assert (rig.disk.loans, rig.ram.revokes, rig.lines.lent) == (0, [], [])
-    rig.disk.operations.clear()
+    rig.disk.requests.clear()
     assert rig.read() == 0
     assert rig.disk.loans == 1, "lent again when there is enough"

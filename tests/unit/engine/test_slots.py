@@ -21,7 +21,6 @@ from nvmove.block.lend import ASK, NOTHING, LentSpace
 from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
-from nvmove.nvme.controller import Controller
 from nvmove.nvme.spec import DEAC, DSM_DEALLOCATE, DSM_RANGE, FUA, Admin, Nvm, Status
 from tests.rings import PUNCH, LentDisk, LentLines, LentRam, Rig
 
@@ -101,7 +100,7 @@ def test_a_read_with_fua_is_a_read(rig: Rig) -> None:
 def test_without_a_write_cache_every_write_is_durable_and_the_loops(rig: Rig) -> None:
     assert order(rig, (Nvm.WRITE, {}), READ) == [0, 1]
     assert rig.admin(Admin.SET_FEATURES, cdw10=6, cdw11=0).status == 0
-    rig.disk.operations.clear()  # it was flushed for that
+    rig.disk.requests.clear()  # it was flushed for that
     rig.engine.runs.clear()
     assert order(rig, (Nvm.WRITE, {}), READ) == [1, 0]
     assert not rig.in_python
@@ -344,13 +343,10 @@ class TwoDisks(Host):
         self.out, self.slow.lent_fd = os.pipe()
         self.room = fcntl.fcntl(self.slow.lent_fd, fcntl.F_SETPIPE_SZ, 4096)
         self.threads = CompiledEngine(spin_us=20)
-        super().__init__(ram=LentRam(), lines=LentLines(), disk=LentDisk(), engine=self.threads, config=self.CONFIG)
+        disks = {"d0": LentDisk(), "d1": self.slow}
+        super().__init__(ram=LentRam(), lines=LentLines(), disks=disks, engine=self.threads, config=self.CONFIG)
         self.enable()
         self.create(1)
-
-    def _new(self) -> Controller:
-        disks = {"d0": self.disk, "d1": self.slow}
-        return Controller(self.config, disks, self.ram, self.lines, self.engine)
 
     def drain(self) -> None:
         """Wait for the admin queue's next completion."""

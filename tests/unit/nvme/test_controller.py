@@ -19,7 +19,10 @@ from nvmove.nvme.spec import (
     Register,
     Status,
 )
-from tests.nvme_host import CC, CONFIG, DATA, Completion, Disk, Host, Lines, Ram, sqe
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, CONFIG, DATA, Completion, Host, sqe
+from tests.ram import Ram
 
 
 def enabled(**arguments: object) -> Host:

@@ -10,25 +10,12 @@ import pytest
 
 from nvmove.nvme.cells import Place
 from nvmove.nvme.errors import StateError
-from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, EventType, Nvm, Register, Status
+from nvmove.nvme.spec import CSTS_CFS, DOORBELLS, OACS_DOORBELL_BUFFER_CONFIG, Admin, Nvm, Register, Status
 from nvmove.nvme.state.saved import DoorbellsState
-from tests.nvme_host import CONFIG, DATA, Disk, Entries, Lines, Ring, sqe
-from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam
-
-
-def ready(*, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None, disk: Disk | None = None) -> ShadowHost:
-    host = ShadowHost(ram=ShadowRam(), lines=lines, disk=disk)
-    host.enable()
-    host.create(sq_size=sq_size, cq_size=cq_size)
-    assert host.configure() == Status.SUCCESS
-    return host
-
-
-def without_msix(host: ShadowHost) -> ShadowHost:
-    """A host that turns to INTx when it has configured shadow doorbells, which are not offered with INTx."""
-    assert isinstance(host.lines, Lines)
-    host.lines.msix_enabled = False
-    return host
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CONFIG, DATA, Entries, Ring, sqe
+from tests.nvme_shadow import DBS, EIS, ShadowHost, ShadowRam, shadowed
 
 
 def meanwhile(host: ShadowHost, *actions: Callable[[], None]) -> None:
@@ -108,7 +95,7 @@ def test_a_page_of_buffer_is_not_left_when_there_are_more_queues_than_cells() ->
 
 
 def test_commands_run_at_every_position_of_every_ring() -> None:
-    host = ready(sq_size=5, cq_size=3)
+    host = shadowed(sq_size=5, cq_size=3)
     for _ in range(40):
         assert host.command(1, Nvm.FLUSH, nsid=1).status == Status.SUCCESS
     source = host.controller.doorbells.source(1, False)
@@ -116,7 +103,7 @@ def test_commands_run_at_every_position_of_every_ring() -> None:
 
 
 def test_a_host_that_submits_while_the_worker_is_awake_does_not_ring() -> None:
-    host = ready()
+    host = shadowed()
     cids = [host.submit(1, Nvm.FLUSH, nsid=1)]
     rung = host.rung
     for _ in range(9):  # seen by the looks of one run
@@ -128,7 +115,7 @@ def test_a_host_that_submits_while_the_worker_is_awake_does_not_ring() -> None:
 
 
 def test_a_submission_between_the_last_look_and_eventidx_is_found() -> None:
-    host = ready()
+    host = shadowed()
     ram, late = host.ram, list[int]()
     write = ram.write
 
@@ -146,7 +133,7 @@ def test_a_submission_between_the_last_look_and_eventidx_is_found() -> None:
 
 
 def test_a_doorbell_older_than_the_shadow_changes_nothing() -> None:
-    host = ready()
+    host = shadowed()
     for _ in range(5):
         host.command(1, Nvm.FLUSH, nsid=1)
     host.set(DOORBELLS + 8, 2)
@@ -157,7 +144,7 @@ def test_a_doorbell_older_than_the_shadow_changes_nothing() -> None:
 
 
 def test_a_full_cq_looks_at_the_shadow_head_before_it_waits() -> None:
-    host = ready(cq_size=3)
+    host = shadowed(cq_size=3)
     for _ in range(5):
         host.submit(1, Nvm.FLUSH, nsid=1)
     host.drain()
@@ -170,7 +157,7 @@ def test_a_full_cq_looks_at_the_shadow_head_before_it_waits() -> None:
 
 
 def test_a_full_cq_asks_the_host_to_ring_for_its_head() -> None:
-    host = ready(cq_size=3)
+    host = shadowed(cq_size=3)
     for _ in range(6):
         host.submit(1, Nvm.FLUSH, nsid=1)
     done = 0
@@ -180,61 +167,11 @@ def test_a_full_cq_asks_the_host_to_ring_for_its_head() -> None:
     assert done == 6
 
 
-def test_a_head_that_makes_room_starts_every_sq_of_the_cq() -> None:
-    host = ready(cq_size=3)
-    host.create(2, cqid=1)
-    for qid in (1, 2, 1, 2):
-        host.submit(qid, Nvm.FLUSH, nsid=1)
-    done = 0
-    for _ in range(4):
-        host.drain()
-        done += len(host.reap(1))
-    assert done == 4
-
-
-def test_the_pin_falls_when_the_shadow_head_says_so() -> None:
-    host = without_msix(ready())
-    for _ in range(3):
-        host.submit(1, Nvm.FLUSH, nsid=1)
-        host.drain()
-        assert host.lines.up()
-        host.reap(1)
-        host.drain()
-        assert not host.lines.up()
-
-
-def test_the_pin_falls_when_the_queue_that_completed_is_gone() -> None:
-    host = without_msix(ready())
-    host.submit(1, Nvm.FLUSH, nsid=1)
-    host.drain()
-    assert host.delete_sq(1).status == Status.SUCCESS
-    host.drain()
-    assert host.lines.up()
-    host.reap(1)
-    host.drain()
-    assert not host.lines.up()
-
-
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cell", "value"), [(2, 16), (2, 0xFFFF_FFFF), (3, 1), (3, 16)])
-def test_a_shadow_that_cannot_be_is_one_error_event(cell: int, value: int) -> None:
-    host = without_msix(ready())
-    aer = host.submit(0, Admin.ASYNC_EVENT_REQUEST)
-    host.store(cell, value)
-    for _ in range(3):
-        host.controller.engine.kick(1)
-        host.drain()
-    (event,) = [done for done in host.reap(0) if done.cid == aer]
-    assert event.result & 7 == EventType.ERROR
-    assert not host.controller.events.queued
-    host.store(cell, host.rings[1].tail if cell == 2 else 0)
-    assert host.command(1, Nvm.FLUSH, nsid=1).status == Status.SUCCESS
-
-
 def test_a_register_value_beyond_the_ring_is_an_error_event() -> None:
-    host = ready()
+    host = shadowed()
     aer = host.submit(0, Admin.ASYNC_EVENT_REQUEST)
     host.set(DOORBELLS + 8, 16)
     host.drain()
@@ -243,7 +180,7 @@ def test_a_register_value_beyond_the_ring_is_an_error_event() -> None:
 
 @pytest.mark.parametrize("page", [DBS, EIS])
 def test_a_buffer_that_goes_away_is_fatal_until_the_host_resets(page: int) -> None:
-    host = ready()
+    host = shadowed()
     host.submit(1, Nvm.FLUSH, nsid=1)
     host.ram.holes = [range(page, page + 4096)]
     host.drain()
@@ -278,7 +215,7 @@ def test_enabling_during_io_loses_nothing() -> None:
 
 def test_a_head_that_comes_round_to_where_it_was_when_the_buffers_were_given_is_seen() -> None:
     """The first step is rung: from then on the register is not what counts, though the shadow may look untouched."""
-    host = ready(cq_size=3)
+    host = shadowed(cq_size=3)
     done = 0
     for _ in range(12):
         host.submit(1, Nvm.FLUSH, nsid=1)
@@ -290,7 +227,7 @@ def test_a_head_that_comes_round_to_where_it_was_when_the_buffers_were_given_is_
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_first_step_that_was_rung_and_not_looked_at_is_looked_at_first(moves: bool) -> None:
     """Also by the controller that has loaded the state."""
-    host = ready(sq_size=3, cq_size=3)
+    host = shadowed(sq_size=3, cq_size=3)
     for step in range(9):
         host.controller.pause(0)
         cid = host.submit(1, Nvm.FLUSH, nsid=1)
@@ -305,7 +242,7 @@ def test_a_first_step_that_was_rung_and_not_looked_at_is_looked_at_first(moves: 
 
 
 def test_the_admin_queue_stays_on_its_register_until_the_host_moves_it() -> None:
-    host = ready()
+    host = shadowed()
     for _ in range(40):
         assert host.admin(Admin.IDENTIFY, cdw10=1).status == Status.SUCCESS
     host.store(0, (host.rings[0].tail + 1) % 32)
@@ -319,7 +256,7 @@ def test_the_admin_queue_stays_on_its_register_until_the_host_moves_it() -> None
 
 
 def test_a_queue_made_anew_starts_with_an_empty_doorbell() -> None:
-    host = ready()
+    host = shadowed()
     for _ in range(5):
         host.command(1, Nvm.FLUSH, nsid=1)
     host.delete_sq(1)
@@ -330,7 +267,7 @@ def test_a_queue_made_anew_starts_with_an_empty_doorbell() -> None:
 
 
 def test_a_queue_whose_shadow_cannot_be_written_is_not_made() -> None:
-    host = ready()
+    host = shadowed()
     host.ram.holes = [range(EIS, EIS + 4096)]
     assert host.create_cq(2).status == Status.DATA_TRANSFER_ERROR
     assert 2 not in host.controller.cqs
@@ -338,7 +275,7 @@ def test_a_queue_whose_shadow_cannot_be_written_is_not_made() -> None:
 
 @pytest.mark.parametrize("how", ["disable", "reset"])
 def test_a_reset_ends_shadow_doorbells(how: str) -> None:
-    host = ready()
+    host = shadowed()
     host.command(1, Nvm.FLUSH, nsid=1)
     if how == "disable":
         host.disable()
@@ -354,7 +291,7 @@ def test_a_reset_ends_shadow_doorbells(how: str) -> None:
 
 
 def test_a_reset_during_a_look_ends_without_a_trace() -> None:
-    host = ready()
+    host = shadowed()
     host.submit(1, Nvm.FLUSH, nsid=1)
     gone: list[bool] = []
 
@@ -370,7 +307,7 @@ def test_a_reset_during_a_look_ends_without_a_trace() -> None:
 
 
 def test_a_queue_is_not_deleted_while_its_worker_looks() -> None:
-    host = ready()
+    host = shadowed()
     cid = host.submit(0, Admin.DELETE_SQ, cdw10=1)
     watched = host.controller.doorbells._enter(1)
     assert watched is not None
@@ -386,7 +323,7 @@ def test_a_queue_is_not_deleted_while_its_worker_looks() -> None:
 
 @pytest.mark.parametrize("pending", [0, 1, 4])
 def test_shadow_doorbells_travel_with_io_pending_and_idle(pending: int) -> None:
-    host = ready()
+    host = shadowed()
     host.command(1, Nvm.FLUSH, nsid=1)
     host.controller.pause(0)
     cids = [host.submit(1, Nvm.FLUSH, nsid=1) for _ in range(pending)]
@@ -401,7 +338,7 @@ def test_shadow_doorbells_travel_with_io_pending_and_idle(pending: int) -> None:
 
 
 def test_a_shadow_written_after_the_load_and_not_rung_is_found_on_resume() -> None:
-    host = ready()
+    host = shadowed()
     state = host.save()
     host.replace()
     host.controller.load(state)
@@ -413,7 +350,7 @@ def test_a_shadow_written_after_the_load_and_not_rung_is_found_on_resume() -> No
 
 
 def test_a_queue_that_was_deleted_leaves_nothing_in_the_state() -> None:
-    host = ready()
+    host = shadowed()
     host.delete_sq(1)
     host.delete_cq(1)
     assert {late.cell for late in host.move().doorbells.late} == {0, 1}
@@ -440,7 +377,7 @@ def test_a_state_with_shadows_is_refused_when_its_controller_is_not_ready() -> N
 
 
 def test_register_writes_are_counted() -> None:
-    host = ready()
+    host = shadowed()
     before = host.controller.inspect()["live"]["doorbell_writes"]
     host.set(DOORBELLS + 8, 0)
     assert host.controller.inspect()["live"]["doorbell_writes"] == before + 1
@@ -448,7 +385,7 @@ def test_register_writes_are_counted() -> None:
 
 
 def test_a_host_that_has_freed_a_whole_round_is_seen_though_its_shadow_is_as_it_was() -> None:
-    host = ready(sq_size=8, cq_size=8)
+    host = shadowed(sq_size=8, cq_size=8)
     done = list[int]()
 
     def consume() -> None:

@@ -9,69 +9,69 @@ from nvmove.nvme import events
 from nvmove.nvme.commands import notices
 from nvmove.nvme.events import NAMESPACE_CHANGED, TEMPERATURE_THRESHOLD, EventQueue, is_enabled
 from nvmove.nvme.spec import DOORBELLS, Admin, Feature, Log, Status
-from tests.nvme_guest import Guest
+from tests.nvme_commands import CommandHost
 
 NOTICE_RESULT = 0x04_0002
 TEMPERATURE_RESULT = 0x02_0101
 DOORBELL_RESULT = 0x01_0000
 
 
-def changed(guest: Guest) -> None:
-    notices.namespace_changed(guest.controller, 1)
-    guest.drain()
+def changed(host: CommandHost) -> None:
+    notices.namespace_changed(host.controller, 1)
+    host.drain()
 
 
-def listening() -> Guest:
-    guest = Guest()
-    guest.must(guest.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 0x1FF))
-    return guest
+def listening() -> CommandHost:
+    host = CommandHost()
+    host.must(host.set_feature(Feature.ASYNC_EVENT_CONFIGURATION, 0x1FF))
+    return host
 
 
 def test_an_event_completes_the_oldest_request() -> None:
-    guest = listening()
-    first, second = guest.aer(), guest.aer()
-    changed(guest)
-    assert guest.answer(first).result == NOTICE_RESULT
-    assert not guest.has_completed(second)
+    host = listening()
+    first, second = host.aer(), host.aer()
+    changed(host)
+    assert host.completion(first).result == NOTICE_RESULT
+    assert not host.has_completed(second)
 
 
 def test_an_event_waits_for_a_request() -> None:
-    guest = listening()
-    changed(guest)
-    assert guest.answer(guest.aer()).result == NOTICE_RESULT
+    host = listening()
+    changed(host)
+    assert host.completion(host.aer()).result == NOTICE_RESULT
 
 
 def test_a_type_is_masked_until_its_log_page_is_read_without_rae() -> None:
-    guest = listening()
-    first, second = guest.aer(), guest.aer()
-    changed(guest)
-    assert guest.has_completed(first)
-    changed(guest)
-    guest.get_log(Log.CHANGED_NAMESPACES, 4096, rae=True)
-    guest.get_log(Log.SMART, 512)
-    assert not guest.has_completed(second)
-    guest.get_log(Log.CHANGED_NAMESPACES, 4096)
-    guest.drain()
-    assert guest.answer(second).result == NOTICE_RESULT
+    host = listening()
+    first, second = host.aer(), host.aer()
+    changed(host)
+    assert host.has_completed(first)
+    changed(host)
+    host.get_log(Log.CHANGED_NAMESPACES, 4096, rae=True)
+    host.get_log(Log.SMART, 512)
+    assert not host.has_completed(second)
+    host.get_log(Log.CHANGED_NAMESPACES, 4096)
+    host.drain()
+    assert host.completion(second).result == NOTICE_RESULT
 
 
 def test_a_masked_type_does_not_hold_up_another() -> None:
-    guest = listening()
-    first, second = guest.aer(), guest.aer()
-    changed(guest)
-    changed(guest)
-    guest.controller.write(DOORBELLS + 8 * 40, 4, 1)
-    guest.drain()
-    assert guest.answer(first).result == NOTICE_RESULT
-    assert guest.answer(second).result == DOORBELL_RESULT
+    host = listening()
+    first, second = host.aer(), host.aer()
+    changed(host)
+    changed(host)
+    host.controller.write(DOORBELLS + 8 * 40, 4, 1)
+    host.drain()
+    assert host.completion(first).result == NOTICE_RESULT
+    assert host.completion(second).result == DOORBELL_RESULT
 
 
 def test_more_requests_than_aerl_are_refused() -> None:
-    guest = Guest(aerl=1)
-    first, second, third = guest.aer(), guest.aer(), guest.aer()
-    assert guest.answer(third).status == Status.AER_LIMIT_EXCEEDED
-    assert not guest.has_completed(first)
-    assert not guest.has_completed(second)
+    host = CommandHost(aerl=1)
+    first, second, third = host.aer(), host.aer(), host.aer()
+    assert host.completion(third).status == Status.AER_LIMIT_EXCEEDED
+    assert not host.has_completed(first)
+    assert not host.has_completed(second)
 
 
 def test_the_queue_is_bounded_and_says_nothing_twice() -> None:
@@ -80,11 +80,11 @@ def test_the_queue_is_bounded_and_says_nothing_twice() -> None:
 
 
 def test_notices_come_only_when_they_are_enabled() -> None:
-    guest = Guest()
-    request = guest.aer()
-    changed(guest)
-    assert not guest.has_completed(request)
-    assert guest.controller.logs.changed == {1}
+    host = CommandHost()
+    request = host.aer()
+    changed(host)
+    assert not host.has_completed(request)
+    assert host.controller.logs.changed == {1}
 
 
 def test_each_critical_warning_has_its_enable_bit() -> None:
@@ -99,42 +99,42 @@ def test_each_critical_warning_has_its_enable_bit() -> None:
 
 
 def test_crossing_a_temperature_threshold_sends_one_event() -> None:
-    guest = listening()
-    first, second = guest.aer(), guest.aer()
-    guest.must(guest.set_feature(Feature.TEMPERATURE_THRESHOLD, 300))
-    assert guest.answer(first).result == TEMPERATURE_RESULT
-    guest.get_log(Log.SMART, 512)
-    guest.must(guest.set_feature(Feature.TEMPERATURE_THRESHOLD, 299))
-    assert not guest.has_completed(second)
-    guest.must(guest.set_feature(Feature.TEMPERATURE_THRESHOLD, 400))
-    guest.must(guest.set_feature(Feature.TEMPERATURE_THRESHOLD, 300))
-    assert guest.answer(second).result == TEMPERATURE_RESULT
+    host = listening()
+    first, second = host.aer(), host.aer()
+    host.must(host.set_feature(Feature.TEMPERATURE_THRESHOLD, 300))
+    assert host.completion(first).result == TEMPERATURE_RESULT
+    host.get_log(Log.SMART, 512)
+    host.must(host.set_feature(Feature.TEMPERATURE_THRESHOLD, 299))
+    assert not host.has_completed(second)
+    host.must(host.set_feature(Feature.TEMPERATURE_THRESHOLD, 400))
+    host.must(host.set_feature(Feature.TEMPERATURE_THRESHOLD, 300))
+    assert host.completion(second).result == TEMPERATURE_RESULT
 
 
 def test_an_internal_error_is_an_event_too() -> None:
-    guest = Guest()
-    request = guest.aer()
-    guest.disk.fail[Operation.READ] = errno.ENOMEM
-    assert guest.read(0, 1).status == Status.INTERNAL_ERROR
-    assert guest.answer(request).result == 0x01_0400
+    host = CommandHost()
+    request = host.aer()
+    host.disk.fail[Operation.READ] = errno.ENOMEM
+    assert host.read(0, 1).status == Status.INTERNAL_ERROR
+    assert host.completion(request).result == 0x01_0400
 
 
 def test_abort_takes_a_request_out() -> None:
-    guest = Guest()
-    first, second = guest.aer(), guest.aer()
-    assert guest.must(guest.admin(Admin.ABORT, cdw10=first << 16)).result == 0
-    assert guest.answer(first).status == Status.ABORT_REQUESTED
-    assert guest.admin(Admin.ABORT, cdw10=first << 16).result == 1
-    assert list(guest.controller.events.outstanding) == [second]
+    host = CommandHost()
+    first, second = host.aer(), host.aer()
+    assert host.must(host.admin(Admin.ABORT, cdw10=first << 16)).result == 0
+    assert host.completion(first).status == Status.ABORT_REQUESTED
+    assert host.admin(Admin.ABORT, cdw10=first << 16).result == 1
+    assert list(host.controller.events.outstanding) == [second]
 
 
 def test_a_reset_drops_requests_events_and_masks() -> None:
-    guest = listening()
-    guest.aer()
-    changed(guest)
-    changed(guest)
-    guest.disable()
-    queue = guest.controller.events
+    host = listening()
+    host.aer()
+    changed(host)
+    changed(host)
+    host.disable()
+    queue = host.controller.events
     assert (list(queue.outstanding), list(queue.queued), queue.masked) == ([], [], set())
 
 

@@ -17,7 +17,8 @@ from nvmove.nvme.seams import Segment
 from nvmove.nvme.spec import CSTS_SHST_COMPLETE, Admin, Feature, Nvm, Register, Status
 from nvmove.nvme.state.saved import HeldState
 from tests.failing import FailingDisk, PolicyHost
-from tests.nvme_host import DATA, Completion, Host, Mapped
+from tests.nvme_host import DATA, Completion, Host
+from tests.ram import Mapped
 
 STOPPED_WRITE = ErrorReport("d0", is_read=False, action=Action.STOP, errno=errno.ENOSPC)
 ABORT_FOUND, ABORT_NOT_FOUND = 0, 1

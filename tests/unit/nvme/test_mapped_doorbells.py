@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import ctypes
 
-import msgspec
 import pytest
 
 from nvmove.nvme.cells import Place
 from nvmove.nvme.errors import StateError
-from nvmove.nvme.spec import DOORBELLS, Admin, EventType, Nvm, Status
+from nvmove.nvme.spec import DOORBELLS, Admin, Nvm, Status
 from nvmove.nvme.state.saved import DoorbellsState
-from tests.nvme_host import CONFIG, Host, Lines, sqe
-
-MAPPED = msgspec.structs.replace(CONFIG, mapped_doorbells=True, dbcs=False)
-
-
-class MappedHost(Host):
-    """A driver that writes doorbells into the page; then somebody looks."""
-
-    def __init__(self, lines: Lines | None = None) -> None:
-        super().__init__(config=MAPPED, lines=lines)
-        self.share()
-
-    def share(self) -> None:
-        self.page = memoryview(bytearray(4096)).cast("I")
-        self.controller.doorbells.share(self.page)
-
-    def ring_sq(self, qid: int) -> None:
-        self.page[2 * qid] = self.rings[qid].tail
-        self.controller.doorbells.scan()
-
-    def ring_cq(self, cqid: int) -> None:
-        self.page[2 * cqid + 1] = self.cqs[cqid].head
-        self.controller.doorbells.scan()
-
-
-def ready(*, sq_size: int = 16, cq_size: int = 16, lines: Lines | None = None) -> MappedHost:
-    host = MappedHost(lines)
-    host.enable()
-    host.create(sq_size=sq_size, cq_size=cq_size)
-    return host
+from tests.nvme_host import Host, sqe
+from tests.nvme_mapped import MappedHost, mapped
 
 
 def test_commands_run_at_every_position_of_every_ring_and_no_message_comes() -> None:
-    host = ready(sq_size=5, cq_size=3)
+    host = mapped(sq_size=5, cq_size=3)
     for _ in range(40):
         assert host.command(1, Nvm.FLUSH, nsid=1).status == Status.SUCCESS
         assert host.admin(Admin.IDENTIFY, cdw10=1).status == Status.SUCCESS
@@ -52,7 +23,7 @@ def test_commands_run_at_every_position_of_every_ring_and_no_message_comes() -> 
 
 
 def test_a_source_is_the_address_of_its_cell() -> None:
-    host = ready()
+    host = mapped()
     host.page[2] = 77
     source = host.controller.doorbells.source(1, False)
     assert source.place is Place.PAGE
@@ -63,7 +34,7 @@ def test_a_source_is_the_address_of_its_cell() -> None:
 
 
 def test_a_worker_that_is_awake_finds_what_nobody_scanned() -> None:
-    host = ready()
+    host = mapped()
     host.put(1, sqe(Nvm.FLUSH, 5, nsid=1))
     host.page[2] = 1
     host.controller.engine.kick(1)
@@ -72,7 +43,7 @@ def test_a_worker_that_is_awake_finds_what_nobody_scanned() -> None:
 
 
 def test_a_whole_round_between_two_scans_is_not_taken_for_silence() -> None:
-    host = ready(sq_size=4)
+    host = mapped(sq_size=4)
     host.submit(1, Nvm.FLUSH, nsid=1)
     for _ in range(3):  # seen by a worker that is awake
         host.drain()
@@ -88,50 +59,14 @@ def test_a_whole_round_between_two_scans_is_not_taken_for_silence() -> None:
     assert host.reap(1)[-1].cid == 99
 
 
-def test_a_full_cq_starts_again_when_the_head_moves() -> None:
-    host = ready(cq_size=3)
-    host.create(2, cqid=1)
-    for qid in (1, 2, 1, 2):
-        host.submit(qid, Nvm.FLUSH, nsid=1)
-    done = 0
-    for _ in range(4):
-        host.drain()
-        done += len(host.reap(1))
-    assert done == 4
-
-
-def test_the_pin_falls_when_the_head_moves() -> None:
-    host = ready(lines=Lines(msix=False))
-    host.submit(1, Nvm.FLUSH, nsid=1)
-    host.drain()
-    assert host.lines.up()
-    host.reap(1)
-    host.drain()
-    assert not host.lines.up()
-
-
 def test_a_doorbell_that_comes_by_message_counts_and_is_in_the_page() -> None:
-    host = ready()
+    host = mapped()
     host.put(1, sqe(Nvm.FLUSH, 5, nsid=1))
     host.set(DOORBELLS + 8, 1)
     host.drain()
     assert [done.cid for done in host.reap(1)] == [5]
     assert host.page[2] == 1
     assert host.command(1, Nvm.FLUSH, nsid=1).status == Status.SUCCESS
-
-
-@pytest.mark.parametrize(("cell", "value"), [(2, 16), (2, 0xFFFF_FFFF), (3, 5)])
-def test_a_value_that_cannot_be_is_one_error_event(cell: int, value: int) -> None:
-    host = ready(lines=Lines(msix=False))
-    aer = host.submit(0, Admin.ASYNC_EVENT_REQUEST)
-    host.page[cell] = value
-    for _ in range(3):
-        host.controller.doorbells.scan()
-        host.controller.engine.kick(1)
-        host.drain()
-    (event,) = [done for done in host.reap(0) if done.cid == aer]
-    assert event.result & 7 == EventType.ERROR
-    assert not host.controller.events.queued
 
 
 def test_a_scan_says_whether_to_look_again_soon() -> None:
@@ -147,7 +82,7 @@ def test_a_scan_says_whether_to_look_again_soon() -> None:
 
 
 def test_an_enabled_controller_and_a_new_queue_start_with_empty_doorbells() -> None:
-    host = ready()
+    host = mapped()
     host.command(1, Nvm.FLUSH, nsid=1)
     host.disable()
     for cell in range(8):
@@ -160,7 +95,7 @@ def test_an_enabled_controller_and_a_new_queue_start_with_empty_doorbells() -> N
 
 
 def test_a_doorbell_that_nobody_saw_before_the_save_travels() -> None:
-    host = ready()
+    host = mapped()
     host.command(1, Nvm.FLUSH, nsid=1)
     host.controller.pause(0)
     host.put(1, sqe(Nvm.FLUSH, 77, nsid=1))
@@ -190,4 +125,4 @@ def test_a_state_of_a_controller_that_offered_shadow_doorbells_is_refused() -> N
 
 
 def test_doorbell_buffer_config_is_not_offered_beside_the_page() -> None:
-    assert ready().admin(Admin.DOORBELL_BUFFER_CONFIG, prp1=0x3000, prp2=0x4000).status == Status.INVALID_OPCODE
+    assert mapped().admin(Admin.DOORBELL_BUFFER_CONFIG, prp1=0x3000, prp2=0x4000).status == Status.INVALID_OPCODE

@@ -13,6 +13,7 @@ from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
 from nvmove.vfio.writing import Writing
 from tests.unit.vfio.test_memory import FakeClient, add, unmapped
+from tests.waiting import ended, in_thread
 
 Write = tuple[int, int]
 """Guest address and length of a DMA_WRITE."""
@@ -210,12 +211,10 @@ def test_an_unmap_ends_a_marking() -> None:
 
     client.dma_write_all = dma_write_all  # type: ignore[method-assign]
     client.cancel = cancel  # type: ignore[method-assign]
-    worker = threading.Thread(target=transfer, args=(memory, (0, PAGE)))
-    worker.start()
+    worker = in_thread(lambda: transfer(memory, (0, PAGE)))
     assert marking.wait(5)
     answers = unmapped(memory, 0, PAGE)
-    worker.join(5)
-    assert not worker.is_alive()
+    ended(worker)
     assert answers == [0]
 
 

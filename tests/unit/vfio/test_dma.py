@@ -11,31 +11,22 @@ import pytest
 from nvmove.nvme.seams import DmaError
 from nvmove.vfio.dma import DmaChannel
 from nvmove.vfio.writing import Writing
-from tests.vfio_peer import PlainDevice, connected
+from tests.vfio_peer import PlainDevice, ask_until, connected, noting
+from tests.waiting import ended, in_thread
 
 PAGE = 4096
 
 
-def begin(call: Callable[..., None], *arguments: object) -> tuple[list[Exception], threading.Thread]:
-    """Run a call of a channel off the control thread; the list gets what it raises."""
-    failures: list[Exception] = []
-
-    def run() -> None:
-        try:
-            call(*arguments)
-        except DmaError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return failures, thread
+def begin(call: Callable[..., None], *arguments: object) -> tuple[list[str], threading.Thread]:
+    """Run a call of a channel off the control thread; the list gets what it fails with."""
+    failures: list[str] = []
+    return failures, in_thread(noting(failures, lambda: call(*arguments)))
 
 
-def in_thread(call: Callable[..., None], *arguments: object) -> list[Exception]:
+def complete(call: Callable[..., None], *arguments: object) -> list[str]:
     """Do the same to its end."""
     failures, thread = begin(call, *arguments)
-    thread.join(20)
-    assert not thread.is_alive()
+    ended(thread)
     return failures
 
 
@@ -49,7 +40,7 @@ def test_thousands_of_writes_go_in_one_call_and_in_order() -> None:
     with connected(device) as client:
         ram = client.map_ram(0, 64 * PAGE, shared=False)
         runs = [(n % 64 * PAGE, n.to_bytes(4, "little")) for n in range(3000)]
-        assert in_thread(channel_of(device).dma_write_all, runs) == []
+        assert complete(channel_of(device).dma_write_all, runs) == []
         assert [int.from_bytes(ram.view[at : at + 4], "little") for at in (0, 63 * PAGE)] == [2944, 2943]
 
 
@@ -58,7 +49,7 @@ def test_small_and_large_writes_mix() -> None:
     with connected(device) as client:
         ram = client.map_ram(0, 8 << 20, shared=False)
         big = bytes(range(256)) * (3 << 12)
-        assert in_thread(channel_of(device).dma_write_all, [(0, b"x"), (PAGE, big), (PAGE - 1, b"y")]) == []
+        assert complete(channel_of(device).dma_write_all, [(0, b"x"), (PAGE, big), (PAGE - 1, b"y")]) == []
         assert ram.view[0] == ord("x")
         assert ram.view[PAGE - 1] == ord("y")
         assert bytes(ram.view[PAGE : PAGE + len(big)]) == big
@@ -68,7 +59,7 @@ def test_one_refused_write_fails_the_call_and_the_others_are_done() -> None:
     device = PlainDevice()
     with connected(device) as client:
         ram = client.map_ram(0, PAGE, shared=False)
-        (failure,) = in_thread(channel_of(device).dma_write_all, [(0, b"a"), (1 << 40, b"b"), (1, b"c")])
+        (failure,) = complete(channel_of(device).dma_write_all, [(0, b"a"), (1 << 40, b"b"), (1, b"c")])
         assert "refused DMA_WRITE" in str(failure)
         assert bytes(ram.view[:2]) == b"ac"
 
@@ -76,7 +67,7 @@ def test_one_refused_write_fails_the_call_and_the_others_are_done() -> None:
 def test_nothing_to_write_is_done_at_once() -> None:
     device = PlainDevice()
     with connected(device):
-        assert in_thread(channel_of(device).dma_write_all, []) == []
+        assert complete(channel_of(device).dma_write_all, []) == []
 
 
 @pytest.mark.parametrize("count", [1, 40, 500])
@@ -88,16 +79,14 @@ def test_a_refusal_fails_what_waits_and_costs_nothing_afterwards(count: int) -> 
         for _ in range(5):
             client.answers_dma = False
             failures, thread = begin(channel.dma_write_all, [(0, b"x")] * count)
-            while not client.unanswered:
-                client.config(0, 4)
+            ask_until(client, lambda: client.unanswered)
             channel.refuse("for a while")
-            thread.join(5)
-            assert [str(failure) for failure in failures] == ["for a while"]
+            ended(thread)
+            assert failures == ["for a while"]
             channel.admit()
             client.answer_dma()
-        assert in_thread(channel.dma_write_all, [(0, b"y")] * 200) == []
-        while channel._exchanges:  # late answers are taken too
-            client.config(0, 4)
+        assert complete(channel.dma_write_all, [(0, b"y")] * 200) == []
+        ask_until(client, lambda: not channel._exchanges)  # late answers are taken too
         assert channel._unread == 0
 
 
@@ -116,8 +105,7 @@ def test_one_answer_stands_for_all_writes_of_a_call() -> None:
         ram = client.map_ram(0, 64 * PAGE, shared=False)
         client.answers_dma = False
         results = soon(channel_of(device), [(n * PAGE, b"x") for n in range(40)])
-        while len(client.unanswered) < 40:
-            client.config(0, 4)
+        ask_until(client, lambda: len(client.unanswered) >= 40)
         assert [header.wants_reply for header, _ in client.unanswered] == [False] * 39 + [True]
         assert results.empty()
         client.answer_dma()
@@ -145,8 +133,7 @@ def test_calls_that_do_not_wait_take_their_turns_when_there_is_room() -> None:
         ram = client.map_ram(0, 64 * PAGE, shared=False)
         client.answers_dma = False
         calls = [soon(channel_of(device), [(n * PAGE, b"y") for n in range(40)]) for _ in range(5)]
-        while not client.unanswered:
-            client.config(0, 4)
+        ask_until(client, lambda: client.unanswered)
         assert len(client.unanswered) <= 64
         client.answer_dma()
         assert [results.get(timeout=20) for results in calls] == [None] * 5
@@ -184,8 +171,8 @@ def test_what_is_cancelled_fails_sent_or_not_and_nothing_else_does() -> None:
         client.answer_dma()
         assert str(results[2].get(timeout=20)) == "the client has unmapped the memory"
         assert [results[n].get(timeout=20) for n in (1, 3)] == [None, None]
-        failures = in_thread(channel.dma_write_all, runs, writings[0])
-        assert [str(failure) for failure in failures] == ["the client has unmapped the memory"]
+        failures = complete(channel.dma_write_all, runs, writings[0])
+        assert failures == ["the client has unmapped the memory"]
         assert channel._exchanges == {}
         assert channel._unread == 0
 

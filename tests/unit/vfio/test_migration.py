@@ -18,7 +18,8 @@ from nvmove.vfio.features import GET, SET, Feature
 from nvmove.vfio.message import Command, RequestError
 from nvmove.vfio.migration import MAX_STATE, Migration, State, path
 from nvmove.vfio.migration_client import MigrationClient
-from tests.vfio_peer import MovedState, PlainDevice, connected
+from tests.vfio_peer import MovedState, PlainDevice, ask_until, connected
+from tests.waiting import ended, in_thread
 
 STATES = set(State) - {State.ERROR}
 
@@ -103,14 +104,12 @@ def test_in_pre_copy_the_device_runs_and_has_nothing_to_read() -> None:
 def test_a_pause_that_takes_time_is_answered_later_and_blocks_nothing() -> None:
     with migrated() as (source, fake, _, client):
         fake.may_pause.clear()
-        stopping = threading.Thread(target=setattr, args=(source, "state", State.STOP))
-        stopping.start()
-        while not fake.calls:
-            client.config(0, 4)
+        stopping = in_thread(lambda: setattr(source, "state", State.STOP))
+        ask_until(client, lambda: fake.calls)
         assert source.get_state() == State.RUNNING
         assert stopping.is_alive()
         fake.may_pause.set()
-        stopping.join(5)
+        ended(stopping)
         assert source.get_state() == State.STOP
 
 
@@ -233,9 +232,8 @@ def test_the_log_has_what_was_written_and_is_cleared_by_the_report() -> None:
         assert client.start_log(65536) == PAGE
         device.memory.write(5 * PAGE, b"x")
         device.memory.write(63 * PAGE, b"x")
-        writing = threading.Thread(target=device.memory.write, args=(64 * PAGE, b"by message"))
-        writing.start()
-        writing.join(5)
+        writing = in_thread(lambda: device.memory.write(64 * PAGE, b"by message"))
+        ended(writing)
         assert list(client.report(0, 64 * PAGE)) == [5 * PAGE, 63 * PAGE]
         assert list(client.report(0, 65 * PAGE)) == [64 * PAGE]
         client.stop_log()

@@ -7,7 +7,8 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import pytest
 
@@ -18,8 +19,9 @@ from nvmove.vfio.device import BAR0_REGION, CONFIG_REGION, INTX, MSIX, MappableA
 from nvmove.vfio.message import Command, RegionAccess
 from nvmove.vfio.page import SharedPages
 from nvmove.vfio.version import Version
-from tests.descriptors import few_descriptors
-from tests.vfio_peer import PlainDevice, connected, served
+from tests.descriptors import few_descriptors, no_descriptor_left
+from tests.vfio_peer import PlainDevice, ask_until, connected, noting, served
+from tests.waiting import ended, in_thread
 
 PAGE = 4096
 EVENTFDS = message.SET_DATA_EVENTFD | message.SET_TRIGGER
@@ -31,10 +33,23 @@ def refused(code: int, call: Callable[[], object]) -> None:
     assert errno.errorcode[code] == errno.errorcode.get(refusal.value.errno or 0)
 
 
-def in_thread(call: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    return thread
+def irqs(flags: int, index: int, start: int, count: int) -> bytes:
+    """The payload of DEVICE_SET_IRQS, without data."""
+    return struct.pack("<IIIII", 20, flags, index, start, count)
+
+
+def access(offset: int, region: int, count: int) -> bytes:
+    """The payload of REGION_READ and REGION_WRITE, without data."""
+    return struct.pack("<QII", offset, region, count)
+
+
+@contextmanager
+def mappable() -> Iterator[tuple[PlainDevice, SharedPages]]:
+    """A device, a page of whose BAR0 can be mapped, and that page."""
+    device = PlainDevice()
+    with closing(SharedPages(PAGE, PAGE)) as pages:
+        device.regions[BAR0_REGION] = RegionInfo(len(device.bar), True, True, MappableArea(PAGE, PAGE, pages.fd))
+        yield device, pages
 
 
 def test_version_is_0_0_with_qemus_limits() -> None:
@@ -91,12 +106,8 @@ def test_device_region_and_irq_info() -> None:
 
 
 def test_an_area_of_a_region_can_be_mapped_where_the_device_says_so() -> None:
-    device = PlainDevice()
-    pages = SharedPages(PAGE, PAGE)
-    size = len(device.bar)
-    device.regions[BAR0_REGION] = RegionInfo(size, True, True, MappableArea(PAGE, PAGE, pages.fd))
-    with connected(device) as client:
-        assert client.region_size(BAR0_REGION) == size
+    with mappable() as (device, pages), connected(device) as client:
+        assert client.region_size(BAR0_REGION) == len(device.bar)
         mapped = client.map_region(BAR0_REGION)
         assert mapped is not None
         offset, view = mapped
@@ -105,14 +116,10 @@ def test_an_area_of_a_region_can_be_mapped_where_the_device_says_so() -> None:
         assert bytes(pages.view[8:12]) == b"ring"
         assert client.map_region(CONFIG_REGION) is None
         client.write(BAR0_REGION, PAGE, b"x")  # by message all the same
-    pages.close()
 
 
 def test_a_client_without_room_for_the_area_learns_how_much_it_takes_and_gets_no_descriptor() -> None:
-    device = PlainDevice()
-    pages = SharedPages(PAGE, PAGE)
-    device.regions[BAR0_REGION] = RegionInfo(len(device.bar), True, True, MappableArea(PAGE, PAGE, pages.fd))
-    with connected(device) as client:
+    with mappable() as (device, _), connected(device) as client:
         reply = client.call(Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(0, argsz=63))
         assert len(reply) == 32
         info = deviceinfo.parse_region_info(memoryview(reply))
@@ -121,7 +128,6 @@ def test_a_client_without_room_for_the_area_learns_how_much_it_takes_and_gets_no
         assert client._fds == []
         client.call(Command.DEVICE_GET_REGION_INFO, deviceinfo.region_info_payload(0, argsz=64))
         assert len(client._fds) == 1  # closed with the client
-    pages.close()
 
 
 def test_shared_pages_cannot_be_taken_away_from_under_the_server() -> None:
@@ -145,21 +151,21 @@ def test_shared_pages_cannot_be_taken_away_from_under_the_server() -> None:
         (Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 0, 0, 0)),
         (Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 2, 0, 4096)),
         (Command.DMA_UNMAP, struct.pack("<IIQQ", 24, 4, 0, 4096)),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x24, 5, 0, 1)),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x24, MSIX, 2**32 - 1, 2**32 - 1)),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x23, MSIX, 0, 1)),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x31, MSIX, 0, 1)),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x22, MSIX, 0, 4) + b"\1\1"),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x11, INTX, 0, 0)),
-        (Command.REGION_READ, struct.pack("<QII", 0, BAR0_REGION, 0)),
-        (Command.REGION_READ, struct.pack("<QII", 0, BAR0_REGION, 1 << 21)),
-        (Command.REGION_READ, struct.pack("<QII", 4095, CONFIG_REGION, 2)),
-        (Command.REGION_READ, struct.pack("<QII", 2**64 - 1, CONFIG_REGION, 2)),
-        (Command.REGION_READ, struct.pack("<QII", 0, 1, 4)),
-        (Command.REGION_READ, struct.pack("<QII", 0, 99, 4)),
-        (Command.REGION_WRITE, struct.pack("<QII", 0, BAR0_REGION, 4) + b"abc"),
-        (Command.REGION_WRITE, struct.pack("<QII", 0, BAR0_REGION, 4) + b"abcde"),
-        (Command.REGION_WRITE, struct.pack("<QII", 0x4000, BAR0_REGION, 4) + b"abcd"),
+        (Command.DEVICE_SET_IRQS, irqs(0x24, 5, 0, 1)),
+        (Command.DEVICE_SET_IRQS, irqs(0x24, MSIX, 2**32 - 1, 2**32 - 1)),
+        (Command.DEVICE_SET_IRQS, irqs(0x23, MSIX, 0, 1)),
+        (Command.DEVICE_SET_IRQS, irqs(0x31, MSIX, 0, 1)),
+        (Command.DEVICE_SET_IRQS, irqs(0x22, MSIX, 0, 4) + b"\1\1"),
+        (Command.DEVICE_SET_IRQS, irqs(0x11, INTX, 0, 0)),
+        (Command.REGION_READ, access(0, BAR0_REGION, 0)),
+        (Command.REGION_READ, access(0, BAR0_REGION, 1 << 21)),
+        (Command.REGION_READ, access(4095, CONFIG_REGION, 2)),
+        (Command.REGION_READ, access(2**64 - 1, CONFIG_REGION, 2)),
+        (Command.REGION_READ, access(0, 1, 4)),
+        (Command.REGION_READ, access(0, 99, 4)),
+        (Command.REGION_WRITE, access(0, BAR0_REGION, 4) + b"abc"),
+        (Command.REGION_WRITE, access(0, BAR0_REGION, 4) + b"abcde"),
+        (Command.REGION_WRITE, access(0x4000, BAR0_REGION, 4) + b"abcd"),
         (Command.REGION_WRITE_MULTI, struct.pack("<Q", 2) + bytes(24)),
         (Command.REGION_WRITE_MULTI, struct.pack("<QQII8x", 1, 0, BAR0_REGION, 9)),
     ],
@@ -255,12 +261,10 @@ def test_unmap_is_answered_when_the_last_transfer_is_finished() -> None:
         client.map_ram(0, PAGE)
         transfer = device.memory.acquire([Segment(0, 8)], to_guest=True)
         unmapping = in_thread(lambda: client.unmap(0, PAGE))
-        while device.memory.ranges():
-            assert client.config(0, 2) == b"\x36\x1b"  # the control thread goes on answering
+        ask_until(client, lambda: not device.memory.ranges())
         assert unmapping.is_alive()
         transfer.finish()
-        unmapping.join(5)
-        assert not unmapping.is_alive()
+        ended(unmapping)
 
 
 def test_reset_is_answered_when_the_device_is_done() -> None:
@@ -268,12 +272,10 @@ def test_reset_is_answered_when_the_device_is_done() -> None:
     device.holds_resets = True
     with connected(device) as client:
         resetting = in_thread(client.reset)
-        while not device.resets:
-            client.config(0, 2)
+        ask_until(client, lambda: device.resets)
         assert resetting.is_alive()
         device.resets[0]()
-        resetting.join(5)
-        assert not resetting.is_alive()
+        ended(resetting)
 
 
 class Resettable(PlainDevice):
@@ -290,15 +292,13 @@ def test_a_batch_is_answered_when_the_last_reset_in_it_is_done() -> None:
     with connected(device) as client:
         writes = [RegionAccess(at, BAR0_REGION, 4, b"abcd") for at in (0, 8, 0, 16)]
         writing = in_thread(lambda: client.write_multi(writes, posted=False))
-        while len(device.resets) < 2:
-            client.config(0, 2)
+        ask_until(client, lambda: len(device.resets) >= 2)
         assert client.read(BAR0_REGION, 16, 4) == b"abcd"
         for done in device.resets:
             client.config(0, 2)
             assert writing.is_alive()
             done()
-        writing.join(5)
-        assert not writing.is_alive()
+        ended(writing)
         device.holds_resets = False
         client.write_multi(writes, posted=False)
         assert len(device.resets) == 4
@@ -322,15 +322,9 @@ def unanswered_read(
     client.answers_dma = False
     errors: list[str] = []
 
-    def read() -> None:
-        try:
-            device.memory.read(0, size)
-        except DmaError as error:
-            errors.append(str(error))
-
+    read = noting(errors, lambda: device.memory.read(0, size))
     reading = in_thread(read)
-    while not client.unanswered:
-        client.config(0, 2)
+    ask_until(client, lambda: client.unanswered)
     return read, reading, errors
 
 
@@ -341,11 +335,11 @@ def test_reset_fails_dma_by_message_that_the_client_cannot_answer_now() -> None:
         client.map_ram(0, PAGE, shared=False)
         read, reading, errors = unanswered_read(device, client)
         resetting = in_thread(client.reset)
-        reading.join(5)
+        ended(reading)
         read()
         assert errors == ["the device is being reset"] * 2
         device.resets[0]()
-        resetting.join(5)
+        ended(resetting)
         client.answer_dma()  # late, and to nobody
         assert device.memory.read(0, 4) == bytes(4)
 
@@ -367,13 +361,11 @@ def test_replies_that_may_pile_up_stay_below_qemus_socket_buffer() -> None:
         client.map_ram(0, 1 << 20, shared=False)
         client.answers_dma = False
         reading = in_thread(lambda: device.memory.read(0, 1 << 20))
-        while not client.unanswered:
-            client.config(0, 2)
+        ask_until(client, lambda: client.unanswered)
         client.config(0, 2)
         assert sum(message.parse_dma_access(memoryview(payload))[1] for _, payload in client.unanswered) <= 65536
         client.answer_dma()
-        reading.join(5)
-        assert not reading.is_alive()
+        ended(reading)
 
 
 @pytest.mark.parametrize("shared", [0, PAGE], ids=["all of it by message", "beside mapped memory"])
@@ -386,23 +378,15 @@ def test_an_unmap_is_answered_when_no_write_there_will_be_sent(shared: int) -> N
             client.map_ram(0, shared)
         transfer = device.memory.acquire([Segment(2 * n * PAGE, 8) for n in range(150)], to_guest=True)
         client.answers_dma = False
-
-        def finish() -> None:
-            try:
-                transfer.finish()
-            except DmaError as error:
-                failures.append(str(error))
-
-        finishing = in_thread(finish)
-        while not client.unanswered:
-            client.config(0, 2)
+        finishing = in_thread(noting(failures, transfer.finish))
+        ask_until(client, lambda: client.unanswered)
         client.map_ram(1 << 30, PAGE, shared=False)
         client.unmap(1 << 30, PAGE)
         assert finishing.is_alive()
         client.unmap(100 * PAGE, 2 * PAGE)
         sent = len(client.unanswered)
         assert 0 < sent < 150
-        finishing.join(5)
+        ended(finishing)
         assert failures == ["the client has unmapped the memory"]
         client.config(0, 2)
         assert len(client.unanswered) == sent
@@ -418,12 +402,11 @@ def test_several_workers_have_dma_under_way_at_once() -> None:
         client.answers_dma = False
         read: dict[int, bytes] = {}
         workers = [in_thread(lambda i=i: read.update({i: device.memory.read(i, 1)})) for i in range(20)]  # type: ignore[misc]
-        while len(client.unanswered) < 20:
-            client.config(0, 2)
+        ask_until(client, lambda: len(client.unanswered) >= 20)
         client.unanswered.reverse()
         client.answer_dma()
         for worker in workers:
-            worker.join(5)
+            ended(worker)
         assert {i: bytes([i]) for i in range(20)} == read
 
 
@@ -443,7 +426,7 @@ def test_a_short_dma_answer_is_a_dma_error() -> None:
         client.map_ram(0, PAGE, shared=False)
         _, reading, errors = unanswered_read(device, client, 64)
         client.send_raw(message.reply(client.unanswered[0][0], b"short"))
-        reading.join(5)
+        ended(reading)
         assert errors == ["DMA_READ of 64 bytes answered with 0"]
 
 
@@ -466,7 +449,7 @@ def test_when_the_client_goes_waiting_dma_fails_and_all_is_released() -> None:
         client.map_ram(PAGE, PAGE)
         _, reading, errors = unanswered_read(device, client)
         client.close()
-        reading.join(5)
+        ended(reading)
         assert errors == ["the vfio-user client is gone"]
         assert device.detached.wait(5)
         assert device.memory.ranges() == []
@@ -507,10 +490,10 @@ def test_intx_is_unmasked_by_0x11() -> None:
     ("code", "payload", "count"),
     [
         (Command.DMA_MAP, bytes(3), 1),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x24, MSIX, 0, 2), 1),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x24, MSIX, 0, 0), 1),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x21, MSIX, 0, 1), 1),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, 0x0C, INTX, 0, 1), 1),
+        (Command.DEVICE_SET_IRQS, irqs(0x24, MSIX, 0, 2), 1),
+        (Command.DEVICE_SET_IRQS, irqs(0x24, MSIX, 0, 0), 1),
+        (Command.DEVICE_SET_IRQS, irqs(0x21, MSIX, 0, 1), 1),
+        (Command.DEVICE_SET_IRQS, irqs(0x0C, INTX, 0, 1), 1),
         (Command.VERSION, b"", 16),
         (99, b"", 40),
     ],
@@ -518,10 +501,8 @@ def test_intx_is_unmasked_by_0x11() -> None:
 def test_descriptors_of_refused_messages_are_closed(code: int, payload: bytes, count: int) -> None:
     with connected(PlainDevice()) as client:
         fd = os.eventfd(0)
-        before = set(os.listdir("/proc/self/fd"))
-        with pytest.raises(ClientError):
+        with no_descriptor_left(), pytest.raises(ClientError):
             client.call(code, payload, [fd] * count)
-        assert before == set(os.listdir("/proc/self/fd"))
         os.close(fd)
 
 
@@ -553,7 +534,7 @@ def test_descriptors_that_a_message_need_not_carry_are_closed(code: int, payload
     ("code", "payload"),
     [
         (Command.DMA_MAP, message.dma_map_payload(message.DmaMap(PAGE, PAGE, 0, True, True))),
-        (Command.DEVICE_SET_IRQS, struct.pack("<IIIII", 20, EVENTFDS, MSIX, 0, 1)),
+        (Command.DEVICE_SET_IRQS, irqs(EVENTFDS, MSIX, 0, 1)),
         (Command.DMA_UNMAP, message.dma_unmap_payload(message.DmaUnmap(0, PAGE, False))),
     ],
 )
@@ -573,8 +554,7 @@ def test_a_message_whose_descriptor_is_lost_is_refused_where_it_needs_it(code: C
 
 
 def test_descriptors_with_a_payload_are_closed() -> None:
-    with connected(PlainDevice()) as client:
-        before = set(os.listdir("/proc/self/fd"))
+    with connected(PlainDevice()) as client, no_descriptor_left():
         fd = os.eventfd(0)
         payload = message.region_access_payload(RegionAccess(0, CONFIG_REGION, 4, b"\0\0\0\0"))
         data = message.command(1, Command.REGION_WRITE, payload, message.FLAG_NO_REPLY)
@@ -582,7 +562,6 @@ def test_descriptors_with_a_payload_are_closed() -> None:
         client.send_raw(data[message.HEADER_SIZE :], [fd])
         client.config(0, 4)
         os.close(fd)
-        assert before == set(os.listdir("/proc/self/fd"))
 
 
 def test_messages_may_arrive_byte_by_byte() -> None:
@@ -602,6 +581,6 @@ def test_a_reply_to_another_command_ends_the_client_and_whoever_waited_for_it() 
         ((header, _),) = client.unanswered
         wrong = header._replace(command=Command.DMA_WRITE)
         client.send_raw(message.reply(wrong, message.dma_access_payload(0, 8)))
-        reading.join(20)
+        ended(reading)
         assert errors == ["the vfio-user client is gone"]
         assert client.closed.wait(20)

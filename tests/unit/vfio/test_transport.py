@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from nvmove.vfio.client import VfioUserClient
 from nvmove.vfio.transport import ListenError, Server
 from tests.vfio_peer import PlainDevice
+from tests.waiting import ended, in_thread
 
 
 def start(path: Path, device: PlainDevice) -> Server:
@@ -45,13 +45,12 @@ def test_a_second_client_waits_until_the_first_has_gone(tmp_path: Path) -> None:
     server = start(tmp_path / "s", PlainDevice())
     first = VfioUserClient.connect(tmp_path / "s")
     second: list[VfioUserClient] = []
-    connecting = threading.Thread(target=lambda: second.append(VfioUserClient.connect(tmp_path / "s")), daemon=True)
-    connecting.start()
+    connecting = in_thread(lambda: second.append(VfioUserClient.connect(tmp_path / "s")))
     for _ in range(100):
         assert first.config(0, 2) == b"\x36\x1b"
     assert not second
     first.close()
-    connecting.join(5)
+    ended(connecting)
     assert second[0].config(0, 2) == b"\x36\x1b"
     server.close()
     assert second[0].closed.wait(5)

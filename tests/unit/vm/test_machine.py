@@ -22,8 +22,8 @@ from nvmove.vm.disks import exports
 from nvmove.vm.line.endpoints import MonitorEndpoint, MonitorMode, UnixAddress
 from nvmove.vm.machine import Machine
 from nvmove.vmstate.bus import VMStateBus
+from tests.disk import Disk
 from tests.fake_vm import FakeVm, fake_vm
-from tests.nvme_guest import Disk
 
 LIMIT = 20
 

@@ -7,7 +7,9 @@ import pytest
 from nvmove.block.backend import Operation
 from nvmove.nvme.commands import admin
 from nvmove.nvme.spec import CSTS_RDY, DOORBELLS, Admin, EventType, Log, Nvm, Register, Status
-from tests.nvme_host import CC, Disk, Host, Lines
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, Host
 
 
 def enabled(**arguments: object) -> Host:

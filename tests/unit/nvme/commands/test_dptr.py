@@ -12,7 +12,8 @@ from nvmove.nvme.errors import CommandError
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
 from nvmove.nvme.seams import DmaError, Segment
 from nvmove.nvme.spec import SGL_BIT_BUCKET, SGL_DATA_BLOCK, SGL_LAST_SEGMENT, SGL_SEGMENT, Nvm, Status
-from tests.nvme_host import Host, Ram, sqe
+from tests.nvme_host import Host, sqe
+from tests.ram import Ram
 
 PAGE = 4096
 LIST = 0x2000

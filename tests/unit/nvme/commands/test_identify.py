@@ -13,7 +13,8 @@ from nvmove.nvme.commands.io import COMMAND_SETS
 from nvmove.nvme.config import ControllerConfig
 from nvmove.nvme.namespace import Namespace
 from nvmove.nvme.spec import Cns, Feature, Status
-from tests.nvme_guest import Disk, Guest, namespace
+from tests.disk import Disk
+from tests.nvme_commands import CommandHost, namespace
 
 # Read in a guest of QEMU 11.1.3 with `-device nvme,serial=S1,drive=d0`, a raw disk of 64 MiB (`nvme id-ctrl -b`, …).
 QEMU_CONTROLLER = """
@@ -57,7 +58,7 @@ def qemu_like() -> Namespace:
 
 
 def test_the_controller_is_qemus_but_for_the_known_differences() -> None:
-    ours = Guest().identify(Cns.CONTROLLER).data
+    ours = CommandHost().identify(Cns.CONTROLLER).data
     assert differences(ours, image(QEMU_CONTROLLER)) == {
         81: (0x00, 0x04),  # VER 2.0.0,
         82: (0x02, 0x01),  # not 1.4.0
@@ -162,9 +163,9 @@ ZEROES = bytes(4096)
 
 
 @pytest.fixture
-def guest() -> Guest:
+def host() -> CommandHost:
     """Namespaces 1, 3 (detached) and 7."""
-    return Guest(namespace(), namespace(nsid=3, detached=True), namespace(nsid=7))
+    return CommandHost(namespace(), namespace(nsid=3, detached=True), namespace(nsid=7))
 
 
 def words(data: bytes, count: int) -> tuple[int, ...]:
@@ -172,16 +173,16 @@ def words(data: bytes, count: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("cns", [Cns.ACTIVE_NAMESPACES, Cns.CSI_ACTIVE_NAMESPACES])
-def test_active_lists_have_the_attached_namespaces_above_the_nsid(guest: Guest, cns: Cns) -> None:
-    assert words(guest.identify(cns).data, 3) == (1, 7, 0)
-    assert words(guest.identify(cns, 1).data, 2) == (7, 0)
-    assert guest.identify(cns, 300).data == ZEROES
-    assert guest.identify(cns, 0xFFFF_FFFE).status == Status.INVALID_NAMESPACE
+def test_active_lists_have_the_attached_namespaces_above_the_nsid(host: CommandHost, cns: Cns) -> None:
+    assert words(host.identify(cns).data, 3) == (1, 7, 0)
+    assert words(host.identify(cns, 1).data, 2) == (7, 0)
+    assert host.identify(cns, 300).data == ZEROES
+    assert host.identify(cns, 0xFFFF_FFFE).status == Status.INVALID_NAMESPACE
 
 
 @pytest.mark.parametrize("cns", [Cns.ALLOCATED_NAMESPACES, Cns.CSI_ALLOCATED_NAMESPACES])
-def test_allocated_lists_have_the_detached_ones_too(guest: Guest, cns: Cns) -> None:
-    assert words(guest.identify(cns).data, 4) == (1, 3, 7, 0)
+def test_allocated_lists_have_the_detached_ones_too(host: CommandHost, cns: Cns) -> None:
+    assert words(host.identify(cns).data, 4) == (1, 3, 7, 0)
 
 
 @pytest.mark.parametrize(
@@ -192,56 +193,56 @@ def test_allocated_lists_have_the_detached_ones_too(guest: Guest, cns: Cns) -> N
         (Cns.INDEPENDENT_NAMESPACE, Cns.ALLOCATED_INDEPENDENT_NAMESPACE),
     ],
 )
-def test_structures_of_a_namespace_that_is_not_there_are_zero(guest: Guest, active: Cns, allocated: Cns) -> None:
-    assert guest.identify(active, 1).data == guest.identify(allocated, 1).data != ZEROES
-    assert guest.identify(active, 3).data == ZEROES != guest.identify(allocated, 3).data
-    assert guest.identify(active, 2).data == guest.identify(allocated, 2).data == ZEROES
+def test_structures_of_a_namespace_that_is_not_there_are_zero(host: CommandHost, active: Cns, allocated: Cns) -> None:
+    assert host.identify(active, 1).data == host.identify(allocated, 1).data != ZEROES
+    assert host.identify(active, 3).data == ZEROES != host.identify(allocated, 3).data
+    assert host.identify(active, 2).data == host.identify(allocated, 2).data == ZEROES
     for nsid in (0, 257, 0xFFFF_FFFE):
-        assert guest.identify(active, nsid).status == Status.INVALID_NAMESPACE
-        assert guest.identify(allocated, nsid).status == Status.INVALID_NAMESPACE
+        assert host.identify(active, nsid).status == Status.INVALID_NAMESPACE
+        assert host.identify(allocated, nsid).status == Status.INVALID_NAMESPACE
 
 
-def test_what_namespaces_have_in_common(guest: Guest) -> None:
-    data = guest.identify(Cns.NAMESPACE, 0xFFFF_FFFF).data
+def test_what_namespaces_have_in_common(host: CommandHost) -> None:
+    data = host.identify(Cns.NAMESPACE, 0xFFFF_FFFF).data
     assert words(data, 6) == (0,) * 6
     assert (data[25], data[130], data[146]) == (7, 9, 12)
 
 
 def test_a_controller_without_namespaces_answers() -> None:
-    guest = Guest()
-    guest.controller.namespaces._by_id.clear()
-    assert guest.identify(Cns.ACTIVE_NAMESPACES).data == ZEROES
-    assert guest.identify(Cns.NAMESPACE, 0xFFFF_FFFF).data == ZEROES
-    assert guest.identify(Cns.CONTROLLER).status == Status.SUCCESS
+    host = CommandHost()
+    host.controller.namespaces._by_id.clear()
+    assert host.identify(Cns.ACTIVE_NAMESPACES).data == ZEROES
+    assert host.identify(Cns.NAMESPACE, 0xFFFF_FFFF).data == ZEROES
+    assert host.identify(Cns.CONTROLLER).status == Status.SUCCESS
 
 
-def test_descriptors_want_an_active_namespace(guest: Guest) -> None:
-    assert guest.identify(Cns.NAMESPACE_DESCRIPTORS, 7).status == Status.SUCCESS
-    assert guest.identify(Cns.NAMESPACE_DESCRIPTORS, 3).status == Status.INVALID_FIELD
-    assert guest.identify(Cns.NAMESPACE_DESCRIPTORS, 0).status == Status.INVALID_NAMESPACE
+def test_descriptors_want_an_active_namespace(host: CommandHost) -> None:
+    assert host.identify(Cns.NAMESPACE_DESCRIPTORS, 7).status == Status.SUCCESS
+    assert host.identify(Cns.NAMESPACE_DESCRIPTORS, 3).status == Status.INVALID_FIELD
+    assert host.identify(Cns.NAMESPACE_DESCRIPTORS, 0).status == Status.INVALID_NAMESPACE
 
 
 def test_controller_lists() -> None:
-    guest = Guest(namespace(), namespace(nsid=3, detached=True), cntlid=5)
+    host = CommandHost(namespace(), namespace(nsid=3, detached=True), cntlid=5)
     one, none = b"\x01\0\x05\0", b"\0\0\0\0"
-    assert guest.identify(Cns.CONTROLLERS).data[:4] == one
-    assert guest.identify(Cns.CONTROLLERS, cntid=6).data[:4] == none
-    assert guest.identify(Cns.ATTACHED_CONTROLLERS, 1, cntid=5).data[:4] == one
-    assert guest.identify(Cns.ATTACHED_CONTROLLERS, 3).data[:4] == none
-    assert guest.identify(Cns.ATTACHED_CONTROLLERS, 2).status == Status.INVALID_FIELD
-    assert guest.identify(Cns.ATTACHED_CONTROLLERS, 0).status == Status.INVALID_NAMESPACE
+    assert host.identify(Cns.CONTROLLERS).data[:4] == one
+    assert host.identify(Cns.CONTROLLERS, cntid=6).data[:4] == none
+    assert host.identify(Cns.ATTACHED_CONTROLLERS, 1, cntid=5).data[:4] == one
+    assert host.identify(Cns.ATTACHED_CONTROLLERS, 3).data[:4] == none
+    assert host.identify(Cns.ATTACHED_CONTROLLERS, 2).status == Status.INVALID_FIELD
+    assert host.identify(Cns.ATTACHED_CONTROLLERS, 0).status == Status.INVALID_NAMESPACE
 
 
-def test_command_sets(guest: Guest) -> None:
-    assert guest.identify(Cns.COMMAND_SETS, cntid=0xFFFF).data == b"\x01".ljust(4096, b"\0")
-    assert guest.identify(Cns.COMMAND_SETS, cntid=9).status == Status.INVALID_FIELD
+def test_command_sets(host: CommandHost) -> None:
+    assert host.identify(Cns.COMMAND_SETS, cntid=0xFFFF).data == b"\x01".ljust(4096, b"\0")
+    assert host.identify(Cns.COMMAND_SETS, cntid=9).status == Status.INVALID_FIELD
 
 
-def test_another_command_set_or_an_unknown_cns_is_an_invalid_field(guest: Guest) -> None:
+def test_another_command_set_or_an_unknown_cns_is_an_invalid_field(host: CommandHost) -> None:
     for cns in (0x05, 0x06, 0x07, 0x1A, 0x1B):
-        assert guest.identify(cns, 1, csi=2).status == Status.INVALID_FIELD
+        assert host.identify(cns, 1, csi=2).status == Status.INVALID_FIELD
     for cns in (0x04, 0x09, 0x14, 0x15, 0x16, 0x17, 0x18, 0x19, 0x1D, 0xFF):
-        assert guest.identify(cns, 1).status == Status.INVALID_FIELD
+        assert host.identify(cns, 1).status == Status.INVALID_FIELD
 
 
 def test_the_effects_tables_promise_exactly_what_there_is() -> None:

@@ -39,7 +39,9 @@ from nvmove.nvme.state.saved import (
     NamespaceState,
     SubmissionQueueState,
 )
-from tests.nvme_host import CC, CONFIG, DATA, Disk, Host, Lines
+from tests.disk import Disk
+from tests.lines import Lines
+from tests.nvme_host import CC, CONFIG, DATA, Host
 
 
 def ready(**arguments: object) -> Host:

@@ -24,7 +24,7 @@ from nvmove.vmstate.schema import Reader, StateError
 from nvmove.vmstate.stream import Section
 from nvmove.vmstate.stream import dump as dump_stream
 from nvmove.vmstate.tree import Tree
-from tests.nvme_guest import Guest
+from tests.nvme_commands import CommandHost
 from tests.states import SAMPLES, busy, config_space, fresh, pin, shadow, states
 
 GOLDEN = Path(__file__).parents[3] / "data" / "state-v1"
@@ -48,16 +48,16 @@ def test_the_first_format_keeps_loading(name: str) -> None:
 
 
 def test_what_a_controller_at_work_saves_is_what_another_loads() -> None:
-    guest = Guest()
-    guest.write(0, b"x" * 512)
-    guest.aer()
-    controller = guest.controller
+    host = CommandHost()
+    host.write(0, b"x" * 512)
+    host.aer()
+    controller = host.controller
     assert controller.pause(0)
     saved = controller.save()
     pci = PciImage(config_space(saved.identity.msix_qsize), bytes(16 * saved.identity.msix_qsize))
     loaded = load(dump(DeviceState(pci, saved))).controller
     assert loaded == saved
-    other = Guest()
+    other = CommandHost()
     assert other.controller.pause(0)
     other.controller.load(loaded)
     again = other.controller.save()

@@ -11,8 +11,8 @@ from nvmove.nvme.counters import Counters
 from nvmove.vm.disks import blockstats
 from nvmove.vm.disks.blockinfo import ServedDrive
 from nvmove.vm.disks.blockstats import BlockStats
+from tests.disk import Disk
 from tests.fake_qemu import facade_on_fake
-from tests.nvme_guest import Disk
 
 OF_QEMU = {"rd_bytes": 0, "rd_operations": 0, "wr_highest_offset": 77, "rd_total_time_ns": 0}
 OTHER = {"device": "cd", "stats": OF_QEMU, "qdev": "ide0"}

@@ -13,7 +13,7 @@ from nvmove.block.config import OpenOptions
 from nvmove.vm.disks import exports
 from nvmove.vm.disks.exports import Export, open_exports
 from nvmove.vm.monitor.facade import QmpError
-from tests.nvme_guest import Disk
+from tests.disk import Disk
 
 SOCKET = Path("/run/nbd")
 TWO = [Export("d0", "n0", writable=True, name="secret0"), Export("d1", "#block3", writable=False, name="secret1")]

@@ -16,8 +16,8 @@ from nvmove.vm.disks.exports import Export, current_node, remove_export
 from nvmove.vm.disks.nbdserver import NbdServer, address, hmp_address
 from nvmove.vm.line.endpoints import TcpAddress, UnixAddress
 from nvmove.vm.monitor.facade import Facade, QmpError
+from tests.disk import Disk
 from tests.fake_qemu import FakeQemu, facade_on_fake
-from tests.nvme_guest import Disk
 
 OURS = "nvmove-secret"
 RUNNING = "NBD server already running"

@@ -12,8 +12,8 @@ from nvmove.block.config import DriveConfig
 from nvmove.vm.disks.blockinfo import ServedDrive
 from nvmove.vm.disks.ownimages import COMMANDS, HMP_COMMANDS, OwnImages
 from nvmove.vm.monitor.facade import Facade, QmpError
+from tests.disk import Disk
 from tests.fake_qemu import FakeQemu, facade_on_fake
-from tests.nvme_guest import Disk
 
 RAW = ServedDrive("d1", "n1", "nv1", DriveConfig(id="d1", file="b.raw"), Disk(), in_qemu=False)
 EXPORTED = ServedDrive("d0", "n0", "nv0", DriveConfig(id="d0", file="a.qcow2"), Disk(), in_qemu=True)

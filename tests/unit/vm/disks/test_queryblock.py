@@ -11,8 +11,8 @@ from nvmove.block.config import DriveConfig
 from nvmove.vm.disks.blockinfo import ServedDrive
 from nvmove.vm.disks.queryblock import QueryBlock
 from nvmove.vm.monitor.facade import Facade
+from tests.disk import Disk
 from tests.fake_qemu import FakeQemu, facade_on_fake
-from tests.nvme_guest import Disk
 
 
 class Bench:
