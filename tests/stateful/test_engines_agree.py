@@ -235,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         self.hosts = [Both(InlineEngine(), kind), Both(InlineRings(), kind)]
         for host in self.hosts:
             host.disk.space, host.disk.syncs = space, syncs
-        self.sizes, self.shared = sizes, shared
+        self.sizes, self.shared, self.kind = sizes, shared, kind
         self.free: dict[int, int] = {}
         self.told: dict[int, list[list[Told]]] = {}
         self.places = dict.fromkeys((1, 2, 3), 0)
@@ -268,14 +268,21 @@ class Machine(RuleBasedStateMachine):
 
     @rule(qid=QUEUES, batch=st.lists(commands(), min_size=1, max_size=8), filling=st.integers(0, 255))
     def submit(self, qid: int, batch: list[tuple[int, dict[str, int]]], filling: int) -> None:
-        """To one queue, with nothing left to run: there is no order among the commands of several queues."""
+        """To one queue, with nothing left to run: there is no order among the commands of several queues.
+
+        Nor is there one in a queue, where a disk takes its time: what a write takes is not what a read under way fills.
+        """
         self.both("drain")
         for host in self.hosts:  # what a write takes from there
             host.ram.data[PAGES + 4096 * filling : PAGES + 4096 * filling + 4096] = bytes([filling]) * 4096
         for opcode, fields in batch:
             if opcode == Nvm.WRITE and not self.is_cached:  # it would be a slow one
                 continue
+            if opcode != Nvm.READ and self.kind != "file":
+                self.finish()
             self.put(qid, opcode, fields)
+            if opcode != Nvm.READ and self.kind != "file":
+                self.finish()
 
     @rule(qid=QUEUES, batch=st.lists(slow_commands(), min_size=1, max_size=8), flush=st.booleans())
     def change(self, qid: int, batch: list[tuple[int, dict[str, int], list[tuple[int, int]]]], flush: bool) -> None:
