@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import signal
 import subprocess
 import tempfile
@@ -92,7 +93,7 @@ def tool(sysroot: Path, name: str, *arguments: str | Path) -> subprocess.Complet
 
 @contextlib.contextmanager
 def qemu_nbd(sysroot: Path, *arguments: str) -> Iterator[None]:
-    """Run qemu-nbd, which dies with the block; ready once it has forked."""
+    """Run qemu-nbd, which has ended with the block, and let go of its image; ready once it has forked."""
     with tempfile.TemporaryDirectory(prefix="nvmove-test-") as folder:
         pid_file = Path(folder, "pid")
         command = [str(sysroot / "bin" / "qemu-nbd"), "--fork", "--pid-file", str(pid_file), *arguments]
@@ -100,4 +101,8 @@ def qemu_nbd(sysroot: Path, *arguments: str) -> Iterator[None]:
         try:
             yield
         finally:
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+            process = os.pidfd_open(int(pid_file.read_text()))
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            ended, _, _ = select.select([process], [], [], 30)
+            os.close(process)
+            assert ended, "qemu-nbd is killed and does not end"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
+from nvmove.block.backend import Backend
 from nvmove.block.config import OpenOptions
 from nvmove.block.nbd.backend import NbdBackend
-from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
+from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.engine.compiled import CompiledEngine
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.controller import Controller
 from nvmove.nvme.spec import Nvm
 from tests.nbd_server import Server
 from tests.nvme_host import CONFIG, DATA, Completion, Host
@@ -26,6 +27,7 @@ class ExportHost(Host):
 
     ram: LentRam
     engine: CompiledEngine
+    errors: DriveErrors
 
     def __init__(
         self,
@@ -38,23 +40,19 @@ class ExportHost(Host):
     ) -> None:
         self.server = server
         self.export = NbdBackend(uri, options, LONG)
-        self.errors = DriveErrors(policy, policy)
-        self.reports: list[ErrorReport] = []
-        super().__init__(ram=LentRam(), lines=LentLines(), engine=CompiledEngine(spin_us=20), config=config)
+        super().__init__(
+            ram=LentRam(),
+            lines=LentLines(),
+            engine=CompiledEngine(spin_us=20),
+            config=config,
+            errors=DriveErrors(policy, policy),
+        )
         self.enable()
         for qid in range(1, queues + 1):
             self.create(qid, sq_size=64, cq_size=64)
 
-    def _new(self) -> Controller:
-        return Controller(
-            self.config,
-            {"d0": self.export},
-            self.ram,
-            self.lines,
-            self.engine,
-            errors={"d0": self.errors},
-            on_error=self.reports.append,
-        )
+    def _backends(self) -> Mapping[str, Backend]:
+        return {"d0": self.export}
 
     def drain(self) -> None:
         wait(lambda: self.peek(0) is not None)

@@ -6,9 +6,8 @@ import errno
 from collections.abc import Callable
 
 from nvmove.block.backend import Request
-from nvmove.block.policy import DriveErrors, ErrorPolicy, ErrorReport
+from nvmove.block.policy import DriveErrors, ErrorPolicy
 from nvmove.nvme.config import ControllerConfig
-from nvmove.nvme.controller import Controller
 from tests.disk import Disk
 from tests.nvme_host import CONFIG, Completion, Host
 
@@ -41,6 +40,8 @@ class FailingDisk(Disk):
 class PolicyHost(Host):
     """A host whose drive d0 has the policies `errors`; what was reported is in `reports`."""
 
+    errors: DriveErrors
+
     def __init__(
         self,
         disk: FailingDisk | None = None,
@@ -49,24 +50,10 @@ class PolicyHost(Host):
         config: ControllerConfig = CONFIG,
         entries: int = 16,
     ) -> None:
-        self.errors = DriveErrors(werror, rerror)
-        self.reports: list[ErrorReport] = []
         self.failing = disk or FailingDisk()
-        super().__init__(disk=self.failing, config=config)
+        super().__init__(disk=self.failing, config=config, errors=DriveErrors(werror, rerror))
         self.enable()
         self.create(1, sq_size=entries, cq_size=entries)
-
-    def _new(self) -> Controller:
-        return Controller(
-            self.config,
-            {"d0": self.disk},
-            self.ram,
-            self.lines,
-            self.engine,
-            lambda: self.now,
-            errors={"d0": self.errors},
-            on_error=self.reports.append,
-        )
 
     def try_again(self) -> None:
         """The VM was stopped and runs again."""

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from nvmove.block.backend import Backend
+from nvmove.block.policy import DriveErrors, ErrorReport
 from nvmove.engine.inline import InlineEngine
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
 from nvmove.nvme.controller import Controller
@@ -79,6 +81,7 @@ class Host:
         disks: Mapping[str, Disk] | None = None,
         engine: Engine | None = None,
         config: ControllerConfig = CONFIG,
+        errors: DriveErrors | None = None,
     ) -> None:
         self.ram = ram or Ram()
         self.lines = lines or Lines()
@@ -86,6 +89,10 @@ class Host:
         self.disk = next(iter(self.disks.values()))
         self.config = config
         self.engine = engine or InlineEngine()
+        self.errors = errors
+        """The policies of `d0`."""
+        self.reports: list[ErrorReport] = []
+        """What was reported to the VM."""
         self.now = 0.0
         self.controller = self._new()
         self.rings: dict[int, Ring] = {}
@@ -93,7 +100,19 @@ class Host:
         self.cid = 0
 
     def _new(self) -> Controller:
-        return Controller(self.config, self.disks, self.ram, self.lines, self.engine, lambda: self.now)
+        return Controller(
+            self.config,
+            self._backends(),
+            self.ram,
+            self.lines,
+            self.engine,
+            lambda: self.now,
+            errors={"d0": self.errors} if self.errors else None,
+            on_error=self.reports.append,
+        )
+
+    def _backends(self) -> Mapping[str, Backend]:
+        return self.disks
 
     # Registers.
 

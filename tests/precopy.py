@@ -11,15 +11,15 @@ from nvmove.vfio.dirty import PAGE
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
 from nvmove.vfio.writing import Writing
+from tests.message_client import MessageClient
 from tests.ram import Ram
 
-Soon = tuple[Sequence[tuple[int, Buffer]], Callable[[DmaError | None], None]]
 
-
-class PreCopy:
+class PreCopy(MessageClient):
     """`dirty` pages are still to be copied to `target`. Only DMA_WRITE and the guest make pages dirty."""
 
     def __init__(self, pages: int) -> None:
+        super().__init__()
         fd = os.memfd_create("ram")
         os.ftruncate(fd, pages * PAGE)
         self.ram = mmap.mmap(fd, pages * PAGE)
@@ -28,9 +28,6 @@ class PreCopy:
         self.target = bytearray(pages * PAGE)
         self.dirty = set(range(pages))
         self.refuses = False
-        self.holds = False
-        """Whether what need not be answered at once waits in `waiting` for `answer`."""
-        self.waiting: list[Soon] = []
         self.guest_stores: dict[int, int] = {}
         """What the guest stores just before each message arrives."""
 
@@ -48,29 +45,6 @@ class PreCopy:
                 self.store(at, byte)
             self.ram[address : address + len(data)] = bytes(data)
             self.dirty.update(range(address // PAGE, (address + len(data) - 1) // PAGE + 1))
-
-    def cancel(self, writing: Writing) -> None:
-        raise AssertionError("no memory is unmapped")
-
-    def dma_write_soon(
-        self,
-        runs: Sequence[tuple[int, Buffer]],
-        done: Callable[[DmaError | None], None],
-        writing: Writing | None = None,
-    ) -> None:
-        self.waiting.append((runs, done))
-        if not self.holds:
-            self.answer()
-
-    def answer(self) -> None:
-        waiting, self.waiting = self.waiting, []
-        for runs, done in waiting:
-            try:
-                self.dma_write_all(runs)
-            except DmaError as error:
-                done(error)
-            else:
-                done(None)
 
     def store(self, at: int, byte: int) -> None:
         self.ram[at] = byte

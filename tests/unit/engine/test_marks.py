@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -176,34 +178,43 @@ def test_while_both_are_wanted_nothing_is_lent() -> None:
     assert DATA // PAGE in rig.client.dirty
 
 
-def test_an_unmap_does_not_wait_for_marks_and_the_guest_is_told_after_them() -> None:
-    """A client in an unmap answers when that is done: a lease that waited for the answer would be for ever."""
+@contextlib.contextmanager
+def holding() -> Iterator[Rig]:
+    """A host of an engine with its thread, and of a client that holds what it need not answer at once."""
     engine = CompiledEngine(spin_us=0)
     rig = Rig(engine=engine)
     try:
         rig.client.holds = True
+        yield rig
+    finally:
+        rig.client.answer()
+        engine.close()
+
+
+def unmap(rig: Rig) -> None:
+    """Unmap memory that nothing uses; that ends."""
+    unmapped = threading.Event()
+    rig.ram.memory.unmap(0x1F_0000, 0x1000, lambda _errno: unmapped.set())
+    assert unmapped.wait(LONG)
+
+
+def test_an_unmap_does_not_wait_for_marks_and_the_guest_is_told_after_them() -> None:
+    """A client in an unmap answers when that is done: a lease that waited for the answer would be for ever."""
+    with holding() as rig:
         rig.read_page(2)
         wait(lambda: bool(rig.client.waiting))
-        unmapped = threading.Event()
-        rig.ram.memory.unmap(0x1F_0000, 0x1000, lambda _errno: unmapped.set())
-        assert unmapped.wait(LONG)
+        unmap(rig)
         assert rig.peek(1) is None
         assert not rig.controller.pause(0), "a command that is being marked is in flight"
         rig.client.answer()
         wait(lambda: rig.peek(1) is not None)
         assert rig.controller.pause(LONG)
         assert [completion.status for completion in rig.reap(1)] == [0]
-    finally:
-        rig.client.answer()
-        engine.close()
 
 
 def test_a_disable_waits_for_marks_that_are_under_way() -> None:
     """The guest has its memory again after it, and a message that came then would undo what it stores."""
-    engine = CompiledEngine(spin_us=0)
-    rig = Rig(engine=engine)
-    try:
-        rig.client.holds = True
+    with holding() as rig:
         rig.read_page(2)
         wait(lambda: bool(rig.client.waiting))
         rig.set(Register.CC, rig.get(Register.CC) & ~1)
@@ -212,21 +223,13 @@ def test_a_disable_waits_for_marks_that_are_under_way() -> None:
         rig.client.answer()
         wait(lambda: not rig.csts & 1)
         rig.controller.leases.unbar()
-    finally:
-        rig.client.answer()
-        engine.close()
 
 
 def test_reads_nobody_has_begun_to_mark_are_noted_when_the_queue_is_wanted_back() -> None:
-    engine = CompiledEngine(spin_us=0)
-    rig = Rig(engine=engine)
-    try:
-        rig.client.holds = True
+    with holding() as rig:
         cids = [rig.read_page(number) for number in range(40)]
         wait(lambda: bool(rig.client.waiting) and rig.controller.inspect()["live"]["in_flight"][1] == 40)
-        unmapped = threading.Event()
-        rig.ram.memory.unmap(0x1F_0000, 0x1000, lambda _errno: unmapped.set())
-        assert unmapped.wait(LONG)
+        unmap(rig)
         ((runs, _),) = rig.client.waiting
         marking = {address // PAGE - DATA // PAGE for address, _ in runs}
         early = rig.reap(1)
@@ -237,9 +240,6 @@ def test_reads_nobody_has_begun_to_mark_are_noted_when_the_queue_is_wanted_back(
         rig.ram.memory.mark_dirty()
         assert {DATA // PAGE + number for number in range(40)} <= rig.client.dirty
         assert len(early) + len(rig.reap(1)) == 40
-    finally:
-        rig.client.answer()
-        engine.close()
 
 
 def test_the_event_indexes_are_noted() -> None:

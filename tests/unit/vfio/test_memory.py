@@ -6,7 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -14,14 +14,16 @@ from nvmove.nvme.seams import DmaError, Segment
 from nvmove.vfio.memory import GuestMemory
 from nvmove.vfio.message import Buffer
 from nvmove.vfio.writing import Writing
+from tests.message_client import MessageClient
 
 PAGE = 4096
 
 
-class FakeClient:
+class FakeClient(MessageClient):
     """The client's side of memory by message; refuses addresses from `limit` on."""
 
     def __init__(self, limit: int = 1 << 63) -> None:
+        super().__init__()
         self.ram: dict[int, int] = {}
         self.limit = limit
         self.calls: list[tuple[str, int, int]] = []
@@ -38,22 +40,6 @@ class FakeClient:
             if address + len(data) > self.limit:
                 raise DmaError("refused")
             self.ram.update(enumerate(bytes(data), address))
-
-    def cancel(self, writing: Writing) -> None:
-        raise AssertionError("nothing is under way")
-
-    def dma_write_soon(
-        self,
-        runs: Sequence[tuple[int, Buffer]],
-        done: Callable[[DmaError | None], None],
-        writing: Writing | None = None,
-    ) -> None:
-        try:
-            self.dma_write_all(runs)
-        except DmaError as error:
-            done(error)
-        else:
-            done(None)
 
 
 def add(
