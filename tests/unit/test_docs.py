@@ -64,3 +64,11 @@ def test_every_page_is_reached_from_the_readme() -> None:
         seen.add(page)
         queue += [page.parent / target for target in links(page) if target.endswith(".md")]
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - seen == set()
+
+
+@pytest.mark.parametrize("name", ["docs/design.md", "docs/walk.md", "docs/performance.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(name: str) -> None:
+    source = ROOT / "src" / "nvmove"
+    known = {path.name for path in source.rglob("*.*")} | {path.name for path in ROOT.glob("*.*")}
+    for word in re.findall(r"`([\w/.]+\.(?:py|pyx|pyi|c|h))`", (ROOT / name).read_text()):
+        assert (source / word).exists() or (ROOT / word).exists() or ("/" not in word and word in known), word
