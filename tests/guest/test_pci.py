@@ -17,7 +17,7 @@ from nvmove.lab.fio import Fio, disk_complaints
 from nvmove.lab.machine import Machine
 from nvmove.lab.sysroot import Sysroot
 from nvmove.nvme.config import ControllerConfig, NamespaceConfig
-from tests.guest.conftest import clean_machine, disk, make_image
+from tests.guest.conftest import clean_machine, disk, make_image, savevm
 
 SHARED = ["-object", "memory-backend-memfd,id=ram,size=512M,share=on", "-machine", "memory-backend=ram"]
 LSPCI = "lspci -vvv -xxxx -d ::0108"
@@ -126,3 +126,15 @@ def test_a_function_level_reset_by_the_guest_is_survived(tree: Sysroot, work: Pa
         assert device.resets > resets
         Fio("v", blocks=256).start(machine.console)
         Fio("v", blocks=256).wait(machine.console)
+
+
+def test_a_vm_that_never_ran_is_saved_and_loaded_with_its_disk_behind_a_port(
+    machine: Machine, tree: Sysroot, work: Path
+) -> None:
+    """The firmware has not numbered the buses: the function is nowhere yet."""
+    machine.memory = "64M"
+    port = ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"]
+    machine.start(["-M", "q35", "-S", *port, *disk(make_image(tree, work / "d.qcow2", "8M"), device="bus=rp0")])
+    savevm(machine, "new")
+    assert machine.qmp.hmp("loadvm new") == ""
+    assert machine.quit() == 0

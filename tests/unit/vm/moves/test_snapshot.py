@@ -44,6 +44,8 @@ class FakeQemu:
         self.runstate: RunState | None = None
         self.refusal = ""
         self.bus_error = ""
+        self.is_numbered = True
+        """The guest has given the bridge a bus number."""
         self.jobs: list[dict[str, Any]] = [{"id": "j0", "status": "concluded"}]
 
     def check(self) -> None:
@@ -64,6 +66,8 @@ class FakeQemu:
         if name == "human-monitor-command":
             assert str(arguments and arguments["command-line"]).startswith("loadvm nvmove-no-snapshot-")
             self.running = False
+        if name == "query-pci" and not self.is_numbered:
+            return [{"bus": 0, "devices": [{"bus": 0, "slot": 1, "function": 0, "qdev_id": "rp0", "pci_bridge": {}}]}]
         if name == "query-pci":
             function = {"bus": 1, "slot": 2, "function": 0, "qdev_id": "nv0"}
             bridge = {"bus": 0, "slot": 1, "function": 0, "qdev_id": "rp0", "pci_bridge": {"devices": [function]}}
@@ -568,3 +572,15 @@ def test_stop_returns_when_the_devices_are_at_rest() -> None:
     stopped = (qemu.running, device.is_paused)
     run(runstate.cont())
     assert (stopped, (qemu.running, device.is_paused)) == ((False, True), (True, False))
+
+
+def test_a_device_that_the_guest_has_not_placed_yet_needs_nothing() -> None:
+    """Behind a bridge without a bus number, before the firmware has run, QEMU's query-pci shows nothing."""
+    qemu, device, _, snapshots = setup()
+    qemu.is_numbered = False
+    with pytest.raises(ReplayError, match="does not show the device 'nv0'"):
+        run(snapshots.before_save())
+    device.pci_config = bytes(256)
+    run(snapshots.before_save())
+    run(snapshots.after_load())
+    assert device.msix_table == TABLE
