@@ -29,6 +29,7 @@ from nvmove.options.drives import with_device_actions
 from nvmove.options.faults import add_argument, parse_fault
 from nvmove.options.nulls import null_drive
 from nvmove.options.syntax import Option, OptionError, parse
+from nvmove.owned import OwnedDevice
 from nvmove.vfio.transport import ListenError
 
 ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -71,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
                 cleanup.callback(backends[use.name].close)
             config = _with_write_cache(controller, drives)
             errors = {use.name: _errors(use, drives[use.name]) for use in controller.drives}
-            device = NvmeDevice(config, backends, id=config.id or "nvme0", errors=errors, client_migrates=True)
+            device: OwnedDevice = NvmeDevice(
+                config, backends, id=config.id or "nvme0", errors=errors, client_migrates=True
+            )
             cleanup.callback(device.close)
             if slow := choice.notice():
                 print(f"nvmove: warning: {slow}", file=sys.stderr)

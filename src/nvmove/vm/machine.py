@@ -24,6 +24,7 @@ from nvmove.device import NvmeDevice
 from nvmove.engine import choice
 from nvmove.errors import UserError
 from nvmove.limits import raise_descriptors
+from nvmove.owned import OwnedDevice
 from nvmove.vfio.transport import ListenError
 from nvmove.vm import qemu
 from nvmove.vm.disks.drives import Drives
@@ -61,7 +62,7 @@ class Machine:
     def __init__(self, plan: Plan, run_directory: Path, faults: FaultRules | None = None) -> None:
         self._plan = plan
         self._run_directory = run_directory
-        self._devices: list[NvmeDevice] = []
+        self._devices: list[OwnedDevice] = []
         self._state = MachineState([device.id for device in plan.devices])
         self._cleanup = contextlib.AsyncExitStack()
         self._process: qemu.QemuProcess | None = None
@@ -170,9 +171,9 @@ class Machine:
             self._cleanup.push_async_callback(asyncio.to_thread, device.close)
             self._devices.append(device)
         drives.use(self._devices)
-        for plan, device in zip(self._plan.devices, self._devices, strict=True):
-            device.start(plan.socket)
-            await bus.add(f"nvmove/{plan.id}", device)
+        for plan, owned in zip(self._plan.devices, self._devices, strict=True):
+            owned.start(plan.socket)
+            await bus.add(f"nvmove/{plan.id}", owned)
         await bus.add(IDENT, self._state)
 
     def _arguments(self, bus: VMStateBus) -> list[str]:
