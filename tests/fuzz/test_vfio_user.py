@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -114,6 +115,12 @@ def drain(sock: socket.socket) -> None:
     sock.shutdown(socket.SHUT_WR)
     while sock.recv(1 << 16):
         pass
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_about_to_be_freed() -> None:
+    """Descriptors are counted here: those of earlier tests' garbage are not to go meanwhile."""
+    gc.collect()
 
 
 @settings(max_examples=300, deadline=None)
