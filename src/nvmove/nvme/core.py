@@ -110,6 +110,12 @@ class Controller(Protocol):
     def max_transfer(self) -> int:
         """The largest transfer of one command in bytes."""
 
+    def create_cq(self, cq: CompletionQueue) -> None:
+        """Add a completion queue that was checked."""
+
+    def create_sq(self, sq: SubmissionQueue) -> None:
+        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
+
     def raise_event(self, kind: EventType, info: int, page: Log) -> None:
         """Queue an asynchronous event. From any thread."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from nvmove.nvme import core
+from nvmove.nvme import doorbells
 from nvmove.nvme.cells import Place
 from nvmove.nvme.doorbells import Doorbells
 from nvmove.nvme.queue import CompletionQueue, SubmissionQueue
@@ -18,7 +18,7 @@ from nvmove.nvme.spec import (
 )
 
 
-class Controller(core.Controller, Protocol):
+class Controller(doorbells.Controller, Protocol):
     """What these registers use of their controller."""
 
     @property
@@ -28,12 +28,6 @@ class Controller(core.Controller, Protocol):
     @property
     def resetting(self) -> int:
         """Disables and resets that wait for what is in flight."""
-
-    def woken(self, queue: SubmissionQueue | CompletionQueue) -> None:
-        """A queue's doorbell has changed in memory. With the lock held."""
-
-    def head_moved(self, cq: CompletionQueue, was_full: bool) -> None:
-        """The host has consumed completions. With the lock held."""
 
 
 class DoorbellRegisters:

@@ -53,12 +53,6 @@ class Controller(core.Controller, Protocol):
     def on_wait(self) -> Callback:
         """Whom it is told that the guest begins to wait."""
 
-    def create_cq(self, cq: CompletionQueue) -> None:
-        """Add a completion queue that was checked."""
-
-    def create_sq(self, sq: SubmissionQueue) -> None:
-        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
-
     def start_reset(self, done: Callable[[], Callback | None]) -> list[Callback]:
         """Drop the queues; `done` runs when nothing is in flight."""
 

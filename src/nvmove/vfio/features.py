@@ -9,10 +9,9 @@ import enum
 import errno
 import struct
 from collections.abc import Callable
-from typing import Any
 
 from nvmove.vfio.dirty import PAGE, DirtyLog, bitmap_size
-from nvmove.vfio.message import MAX_DATA_XFER_SIZE, RequestError
+from nvmove.vfio.message import MAX_DATA_XFER_SIZE, RequestError, unpack
 from nvmove.vfio.migration import Migration, State
 
 _FEATURE_HEADER = struct.Struct("<II")
@@ -51,7 +50,7 @@ def device_feature(
 
     A feature that is not there is ENOTTY, a method that it does not have EINVAL, as with VFIO.
     """
-    argsz, flags = _unpack(_FEATURE_HEADER, payload)
+    argsz, flags = unpack(_FEATURE_HEADER, payload)
     number, methods = flags & _FEATURE_MASK, flags & (GET | SET)
     if flags & ~(_FEATURE_MASK | GET | SET | PROBE) or argsz < FEATURE_HEADER_SIZE:
         raise RequestError(errno.EINVAL, f"DEVICE_FEATURE flags {flags:#x}, argsz {argsz}")
@@ -79,7 +78,7 @@ Later = Callable[[bytes], Callable[[int], None]]
 
 
 def _set_state(migration: Migration, data: memoryview, later: Later) -> None:
-    state, _fd = _unpack(_DEVICE_STATE, data)
+    state, _fd = unpack(_DEVICE_STATE, data)
     if state not in set(State) - {State.ERROR}:
         raise RequestError(errno.EINVAL, f"MIG_DEVICE_STATE {state}")
     migration.set_state(State(state), later(bytes(data)))
@@ -94,7 +93,7 @@ def _get_state(migration: Migration, data: memoryview) -> bytes:
 
 
 def _log_start(migration: Migration, data: memoryview, later: Later) -> None:
-    page_size, count, reserved = _unpack(_LOG_START, data)
+    page_size, count, reserved = unpack(_LOG_START, data)
     ranges = data[_LOG_START.size :]
     if not _is_power_of_two(page_size) or reserved or len(ranges) != count * _LOG_RANGE.size:
         raise RequestError(errno.EINVAL, f"DMA_LOGGING_START: page size {page_size}, {count} ranges")
@@ -107,7 +106,7 @@ def _log_stop(migration: Migration, data: memoryview, later: Later) -> None:
 
 
 def _log_report(migration: Migration, data: memoryview) -> bytes:
-    start, length, page_size = _unpack(_LOG_REPORT, data)
+    start, length, page_size = unpack(_LOG_REPORT, data)
     if not _is_power_of_two(page_size) or start % page_size or bitmap_size(length, page_size) > MAX_DATA_XFER_SIZE:
         raise RequestError(errno.EINVAL, f"DMA_LOGGING_REPORT of {length:#x} at {start:#x}, page size {page_size}")
     _range(start, length)
@@ -141,7 +140,7 @@ def _is_power_of_two(number: int) -> bool:
 
 def migration_read(migration: Migration | None, payload: memoryview) -> bytes:
     """Do a MIG_DATA_READ; return the reply. Raises RequestError."""
-    argsz, size = _unpack(_DATA, payload)
+    argsz, size = unpack(_DATA, payload)
     if argsz < DATA_HEADER_SIZE or size > MAX_DATA_XFER_SIZE:
         raise RequestError(errno.EINVAL, f"MIG_DATA_READ of {size} bytes, argsz {argsz}")
     data = _required(migration).read(size)
@@ -150,7 +149,7 @@ def migration_read(migration: Migration | None, payload: memoryview) -> bytes:
 
 def migration_write(migration: Migration | None, payload: memoryview) -> bytes:
     """Do a MIG_DATA_WRITE; return the reply. Raises RequestError."""
-    argsz, size = _unpack(_DATA, payload)
+    argsz, size = unpack(_DATA, payload)
     data = payload[DATA_HEADER_SIZE:]
     if argsz < DATA_HEADER_SIZE or size != len(data) or size > MAX_DATA_XFER_SIZE:
         raise RequestError(errno.EINVAL, f"MIG_DATA_WRITE of {size} bytes with {len(data)}, argsz {argsz}")
@@ -162,12 +161,6 @@ def _required(migration: Migration | None) -> Migration:
     if migration is None:
         raise RequestError(errno.ENOTSUP, "migration by the client is not supported")
     return migration
-
-
-def _unpack(layout: struct.Struct, payload: memoryview) -> tuple[Any, ...]:
-    if len(payload) < layout.size:
-        raise RequestError(errno.EINVAL, f"{len(payload)} bytes where {layout.size} are expected")
-    return layout.unpack_from(payload)
 
 
 # The client's side, and what replies share with requests.

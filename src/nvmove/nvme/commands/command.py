@@ -49,12 +49,6 @@ class Controller(core.Controller, Protocol):
     def on_error(self) -> Callable[[ErrorReport], None]:
         """Whom a failure of a disk is told."""
 
-    def create_cq(self, cq: CompletionQueue) -> None:
-        """Add a completion queue that was checked."""
-
-    def create_sq(self, sq: SubmissionQueue) -> None:
-        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
-
     def delete_cq(self, cq: CompletionQueue) -> None:
         """Remove a completion queue that no submission queue uses."""
 

@@ -46,12 +46,6 @@ class Controller(core.Controller, Protocol):
     def irq_status(self) -> int:
         """The vectors, as bits, that have completions the host has not consumed."""
 
-    def create_cq(self, cq: CompletionQueue) -> None:
-        """Add a completion queue that was checked."""
-
-    def create_sq(self, sq: SubmissionQueue) -> None:
-        """Add a submission queue that was checked; raises OSError: there is no worker for it."""
-
     def drive_pin(self) -> None:
         """Set INTx to what the completion queues say. With the lock held."""
 

@@ -121,7 +121,11 @@ class Drives:
     @property
     def images(self) -> list[Image]:
         """Those that nvmove has opened."""
-        return [cast(Image, drive.backend.image) for drive in self._drives.values() if drive.late is None]
+        return [cast(Image, drive.backend.image) for drive in self._own]
+
+    @property
+    def _own(self) -> list[_Drive]:
+        return [drive for drive in self._drives.values() if drive.late is None]
 
     def use(self, devices: Sequence[Device]) -> None:
         """These are all devices, on these drives."""
@@ -183,14 +187,12 @@ class Drives:
     @property
     def unsaveable(self) -> list[str]:
         """Labels of the disks that cannot hold snapshots: raw images of nvmove's that are written to."""
-        own = [_served(drive) for drive in self._drives.values() if drive.late is None]
-        return [drive.label for drive in own if not drive.backend.read_only]
+        return [_served(drive).label for drive in self._own if not drive.backend.read_only]
 
     @property
     def own_nodes(self) -> list[str]:
         """Names that a client may give to disks which are no nodes of QEMU's."""
-        own = [drive for drive in self._drives.values() if drive.late is None]
-        return [name for drive in own for name in (drive.node, drive.plan.name) if name]
+        return [name for drive in self._own for name in (drive.node, drive.plan.name) if name]
 
     @property
     def io_statuses(self) -> dict[Namespace, IoStatus]:
