@@ -87,18 +87,14 @@ class LentRam(Ram):
     def __init__(self, size: int = 8 << 20) -> None:
         super().__init__(0)
         self.data = mmap.mmap(-1, size)  # type: ignore[assignment]  # begins on a page, as O_DIRECT wants it
-        self.revokes: list[Callable[[], None]] = []
+        self.loans: list[_MemoryLoan] = []
         self.lends = True
-        self.marks = False
 
-    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
-        raise AssertionError("nothing is to be marked")
-
-    def lend(self, revoke: Callable[[], None]) -> LentRam | None:
+    def lend(self, revoke: Callable[[], None]) -> _MemoryLoan | None:
         if not self.lends:
             return None
-        self.revokes.append(revoke)
-        return self
+        self.loans.append(_MemoryLoan(self, revoke))
+        return self.loans[-1]
 
     @property
     def regions(self) -> Sequence[LentRegion]:
@@ -114,11 +110,23 @@ class LentRam(Ram):
     def punch(self, hole: range) -> None:
         """Unmap `hole`: what is lent comes back with the next drain."""
         self.holes.append(hole)
-        for revoke in self.revokes:
-            revoke()
+        for loan in self.loans:
+            loan.revoke()
+
+
+class _MemoryLoan:
+    """The memory, as it is when it is lent."""
+
+    marks = False
+
+    def __init__(self, ram: LentRam, revoke: Callable[[], None]) -> None:
+        self.revoke, self.regions, self._ram = revoke, ram.regions, ram
+
+    def mark(self, runs: Sequence[tuple[int, int]], done: Callable[[], None]) -> None:
+        raise AssertionError("nothing is to be marked")
 
     def release(self) -> None:
-        self.revokes.pop()
+        self._ram.loans.remove(self)
 
 
 class _Line:

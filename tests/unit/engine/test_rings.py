@@ -214,7 +214,7 @@ def test_pause_takes_a_sleeping_queue_back_and_saves_its_positions(rig: Rig) -> 
     assert rig.controller.pause(0)
     (sq,) = [sq for sq in rig.controller.save().sqs if sq.sqid == 1]
     assert (sq.head, sq.tail) == (3, 4)
-    assert (rig.disk.loans, rig.ram.revokes) == (0, [])
+    assert (rig.disk.loans, rig.ram.loans) == (0, [])
     rig.controller.resume()
     rig.drain()
     assert len(rig.reap(1)) == 1
@@ -583,7 +583,7 @@ def test_what_runs_out_in_a_loan_is_given_back_and_python_runs_the_queue(
         rig.controller.resume()
         assert rig.read() == 0
         assert rig.in_python
-        assert (rig.disk.loans, rig.ram.revokes, rig.lines.lent) == (0, [], [])
+        assert (rig.disk.loans, rig.ram.loans, rig.lines.lent) == (0, [], [])
     rig.disk.requests.clear()
     assert rig.read() == 0
     assert rig.disk.loans == 1, "lent again when there is enough"
