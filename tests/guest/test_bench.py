@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nvmove.lab.processes import Marked, marked
 from tests.guest.command_lines import command_lines_with
 from tests.guest.conftest import Nvmove
@@ -17,9 +19,10 @@ def left_in_memory(run: Marked) -> list[Path]:
     return list(Path("/dev/shm").glob(f"nvmove-bench-{run.process.pid}-*"))
 
 
-def bench(nvmove: Nvmove, work: Path, kind: str) -> dict[str, Any]:
+def bench(nvmove: Nvmove, work: Path, kind: str, *options: str, rounds: int = 1) -> dict[str, Any]:
     """Run one; return its section of the JSON. Nothing else is left of it."""
-    run = nvmove("bench", kind, "--seconds", "0.05", "--rounds", "1", "--json", str(work / "json"))
+    measured = ("--seconds", "0.05", "--rounds", str(rounds), "--json", str(work / "json"))
+    run = nvmove("bench", kind, *measured, *options)
     assert run.wait(400) == 0, run.output
     assert marked(run.mark) == []
     assert sorted(path.name for path in work.iterdir()) == ["json", "said"]
@@ -63,12 +66,15 @@ def test_curves(nvmove: Nvmove, work: Path) -> None:
     assert all(0 < row["ms"] <= row["worst_ms"] for row in rows if "worst_ms" in row)
 
 
-def test_guest(nvmove: Nvmove, work: Path) -> None:
-    section = bench(nvmove, work, "guest")
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_guest(nvmove: Nvmove, work: Path, image_format: str) -> None:
+    section = bench(nvmove, work, "guest", "--format", image_format, rounds=2)
     rows = {(row["what"], row["rw"], row["depth"]): row for row in section["rows"]}
     assert rows.keys() == {(what, rw, n) for what in ("nvmove", "qemu") for rw in ("read", "write") for n in (1, 32)}
     assert all(row["iops"] > 0 and row["cpu_us"] >= 0 for row in rows.values())
+    assert all(len(row["starts"]) == 2 for row in rows.values())
     assert sum("IOPS" in ratio["name"] for ratio in section["ratios"]) == 4
+    assert sum("standard error" in note for note in section["notes"]) == 4
 
 
 def test_downtime(nvmove: Nvmove, work: Path) -> None:

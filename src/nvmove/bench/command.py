@@ -29,6 +29,7 @@ KINDS = {
     "downtime": "live migration of a guest under fio, on nvmove and on QEMU's own nvme",
 }
 """Each is a module of this package with a function `measure(settings) -> Section`."""
+FORMATS = ("raw", "qcow2")
 _PREFIX = "nvmove-bench-"
 _MEMORY = Path("/dev/shm")
 _WIDTH = 120
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=_rounds, default=3, metavar="N", help="medians are taken of so many (default: 3)"
     )
+    parser.add_argument("--format", choices=FORMATS, help="of the images of `guest` (default: raw)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the curves there, as SVG")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where the image on a disk is put")
@@ -65,7 +67,7 @@ def _rounds(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Measure and tell; return 0, 130 after Ctrl-C. Raise UserError for what cannot be measured here."""
     sysroot = find_sysroot()
-    _check_outputs(args)
+    _check(args)
     screen = Screen()
     if not screen.is_terminal:
         screen.width = _WIDTH
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
                         memory=memory,
                         seconds=args.seconds,
                         rounds=args.rounds,
+                        format=args.format or "raw",
                         tell=tell,
                     )
                     found.append(importlib.import_module(f"nvmove.bench.{kind}").measure(settings))
@@ -108,10 +111,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError for what could not be written at the end: better said before than after the measurements."""
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for what could not be measured or written: better said before than after the measurements."""
     if not os.access(_MEMORY, os.W_OK):
         raise UserError(f"bench: there is no {_MEMORY} for images in memory (a tmpfs)")
+    if args.format is not None and args.kind not in ("guest", "all"):
+        raise UserError(f"bench: --format is for `guest`, not for `{args.kind}`")
     if args.json is not None and not os.access(args.json.parent, os.W_OK):
         raise UserError(f"bench: --json {args.json}: there is no directory {args.json.parent} to write to")
     if args.plots is not None:

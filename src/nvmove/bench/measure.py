@@ -38,6 +38,8 @@ class Settings:
     """Everything is measured so often, turn and turn about; the medians count."""
     image: int = 256 << 20
     """Bytes of a disk image."""
+    format: str = "raw"
+    """Of the guests' images, where QEMU's nvme has the same."""
     tell: Callable[[str], None] = field(default=lambda _text: None)
     """Hears what is measured now."""
 

@@ -137,6 +137,7 @@ def arguments(*words: str) -> argparse.Namespace:
         ["host", "--seconds", "0"],
         ["host", "--seconds", "nan"],
         ["host", "--rounds", "0"],
+        ["guest", "--format", "qcow"],
         ["--json", "x"],
     ],
 )
@@ -152,6 +153,8 @@ def test_outputs_that_cannot_be_written_are_refused_before_anything_runs(
     for words in (["--json", "/nowhere/x"], ["--directory", "/nowhere"]):
         with pytest.raises(UserError, match="/nowhere"):
             command.run(arguments("host", *words))
+    with pytest.raises(UserError, match="--format is for `guest`, not for `host`"):
+        command.run(arguments("host", "--format", "raw"))
     monkeypatch.setattr(command, "_MEMORY", Path("/nowhere"))
     with pytest.raises(UserError, match="a tmpfs"):
         command.run(arguments("host"))
@@ -219,12 +222,14 @@ def test_slices_of_different_lengths_count_by_their_length() -> None:
     assert guest.rates([guest.Slice(0, 1.0, 0.5)]) == {"iops": 0, "cpu_us": 500_000}
 
 
-def test_the_error_is_that_of_ratios_of_neighbouring_slices() -> None:
+def test_the_error_is_that_of_ratios_of_single_starts() -> None:
     """What happens to both sides is none."""
-    theirs = [guest.Slice(commands, 1.0, 0.0) for commands in (1000, 100, 3000, 10)]
-    ours = [guest.Slice(2 * one.commands, 1.0, 0.0) for one in theirs]
+    theirs = [[guest.Slice(commands, 1.0, 0.0)] * 2 for commands in (1000, 100, 3000, 10)]
+    ours = [[guest.Slice(2 * one.commands, 1.0, 0.0) for one in start] for start in theirs]
     assert guest.uncertainty(ours, theirs) == 0
-    ours = [guest.Slice(factor * one.commands, 1.0, 0.0) for factor, one in zip((1, 3, 1, 3), theirs, strict=True)]
+    ours = [
+        [guest.Slice(k * one.commands, 1.0, 0.0) for one in some] for k, some in zip((1, 3, 1, 3), theirs, strict=True)
+    ]
     assert guest.uncertainty(ours, theirs) == pytest.approx(0.577, abs=1e-3)
 
 
