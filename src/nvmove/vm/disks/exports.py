@@ -4,7 +4,8 @@ QEMU owns every image that is not a raw file; `allow-inactive` lets the export o
 The user's own exports lie in the same server (vm/disks/nbdserver.py), so ours have names that nobody guesses.
 
 Each export, and its node with it, has an iothread of its own: QEMU's main loop waits for the device (in a reset, in an
-unmap), and the device for the disk, which must not need that loop then.
+unmap), and the device for the disk, which must not need that loop then. It does not poll, as QEMU's own do for 32 µs by
+default: the device's loop and the guest need the processors more (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ async def open_exports(monitor: Monitor, socket: Path, exports: list[Export]) ->
     try:
         for export in exports:
             if export.iothread:
-                await monitor.execute("object-add", {"qom-type": "iothread", "id": export.iothread})
+                await monitor.execute("object-add", {"qom-type": "iothread", "id": export.iothread, "poll-max-ns": 0})
             await add_export(monitor, export)
             uri = f"nbd+unix:///{export.name}?socket={socket}"
             # What the guest gives back is told to QEMU's node, whose own `discard` says what comes of it.

@@ -73,7 +73,7 @@ def test_an_export_and_its_node_get_the_iothread_that_is_made_for_them(opened: d
     monitor = FakeMonitor()
     asyncio.run(open_exports(monitor, SOCKET, [Export("d0", "n0", True, "secret0", "nvmove-io0")]))
     (_, made), (_, added) = monitor.log[1:]
-    assert made == {"qom-type": "iothread", "id": "nvmove-io0"}
+    assert made == {"qom-type": "iothread", "id": "nvmove-io0", "poll-max-ns": 0}
     assert (added["iothread"], added["fixed-iothread"]) == ("nvmove-io0", True)
 
 
